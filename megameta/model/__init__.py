@@ -1,1 +1,29 @@
+"""The GPT with its meta-attention branch: torch only, no process groups, no DeepSpeed, no environment.
 
+``megameta.hf.export`` bundles the very source of these files into the modeling file of a HuggingFace export.
+"""
+
+from megameta.model.attention import Attention
+from megameta.model.cache import DecodingCache
+from megameta.model.config import ModelConfig
+from megameta.model.context import Context, Mask, MetaRows, make_context
+from megameta.model.gpt import GPT, Block, Embedding, Head
+from megameta.model.init import initialize_weights
+from megameta.model.loss import IGNORE_INDEX, cross_entropy_sum
+
+__all__ = [
+    "GPT",
+    "IGNORE_INDEX",
+    "Attention",
+    "Block",
+    "Context",
+    "DecodingCache",
+    "Embedding",
+    "Head",
+    "Mask",
+    "MetaRows",
+    "ModelConfig",
+    "cross_entropy_sum",
+    "initialize_weights",
+    "make_context",
+]

@@ -1,0 +1,121 @@
+"""Shape and switches of the model. A plain dataclass, so that an exported model needs no other package."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+Position = Literal["rope", "ape", "none", "rnope"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the model computes (spec §2 and §3). The defaults are the paper's 152 M Meta + RoPE model.
+
+    Raises:
+        ValueError: where two values contradict each other; the message names the keys.
+    """
+
+    # Read by pydantic where the run configuration embeds this class; nothing here imports it.
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    vocab_size: int = 50258
+    """Entries of the vocabulary with the meta-token, before padding. Taken from data.tokenizer where that is given."""
+    meta_token_id: int = -1
+    """Id of the meta-token. Default: the last id. Taken from data.tokenizer where that is given."""
+    hidden_size: int = 768
+    """Width D of the residual stream."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 12
+    """Query heads H of either attention branch; the head width is hidden_size / num_heads."""
+    num_key_value_heads: int = 0
+    """Key and value heads (grouped-query attention). Default: num_heads."""
+    intermediate_size: int = 0
+    """Width F of the MLP. Default: 4 × hidden_size."""
+    position: Position = "rope"
+    """rope, ape (learned absolute), none (NoPE), or rnope (rope in even layers, none in odd ones)."""
+    max_position_embeddings: int = 1024
+    """Longest sequence trained on; the number of rows of the position table under ape."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fraction: float = 1.0
+    """Share of each head's width that is rotated (1.0: all of it; GPT-NeoX uses 0.25)."""
+    meta_attention: bool = True
+    """Whether each block has the meta-attention branch."""
+    zero_meta_positions: bool = False
+    """Remove the positional signal at meta-tokens (rope: angle 0; ape: no position vector)."""
+    zero_meta_embedding: bool = False
+    """Replace the token embedding of the meta-token by zeros (spec §3: hurts; for ablations)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each branch and before the head."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the normalisation."""
+    bias: bool = False
+    """Whether projections and LayerNorms have biases."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """Activation of the MLP; swiglu adds a gate projection."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head before rotation."""
+    parallel_residual: bool = False
+    """Feed all branches of a block from the same input (GPT-NeoX) instead of one after another."""
+    tie_embeddings: bool = True
+    """Share the token embedding with the output projection."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights (GPT-2)."""
+    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
+    """Attention kernel. auto: flash-attn on a GPU where it is installed, else torch's sdpa."""
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "meta_token_id": (-1, self.vocab_size - 1),
+            "num_key_value_heads": (0, self.num_heads),
+            "intermediate_size": (0, 4 * self.hidden_size),
+        }
+        for name, (unset, value) in defaults.items():
+            if getattr(self, name) == unset:
+                object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.meta_token_id < self.vocab_size:
+            raise ValueError(f"meta_token_id {self.meta_token_id} is not an id below vocab_size {self.vocab_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.uses_rope and (self.rotary_size < 2 or self.rotary_size % 2):
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of head width {self.head_size} rotates"
+                f" {self.rotary_size} channels; an even number of at least 2 is needed"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width K of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def uses_rope(self) -> bool:
+        """Whether any layer rotates its queries and keys."""
+        return self.position in ("rope", "rnope")
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of each head that are rotated."""
+        return round(self.head_size * self.rotary_fraction)
+
+    def layer_uses_rope(self, layer: int) -> bool:
+        """Whether this layer rotates. rnope alternates, starting with a rotated layer (ours)."""
+        return self.position == "rope" or (self.position == "rnope" and layer % 2 == 0)
+
+    def padded_vocab_size(self, multiple: int = 128) -> int:
+        """Rows of the embedding table: vocab_size rounded up to a multiple (spec §2: 128 × tensor-parallel size)."""
+        return -(-self.vocab_size // multiple) * multiple
+
+    def to_dict(self) -> dict:
+        """The fields by name."""
+        return dataclasses.asdict(self)

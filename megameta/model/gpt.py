@@ -1,0 +1,184 @@
+"""A GPT-2-shaped transformer with the meta-attention branch (spec §2).
+
+    x = x + CausalAttention(norm_1(x))
+    x = x + MetaAttention(norm_meta(x))      # adds exactly zero at positions that hold no meta-token
+    x = x + MLP(norm_2(x))
+
+Letters: B batch, T rows, D model width, F feed-forward width, V vocabulary (logical), P vocabulary (padded).
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megameta.model.attention import Attention
+from megameta.model.cache import DecodingCache
+from megameta.model.config import ModelConfig
+from megameta.model.context import Context, make_context
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The configured normalisation over D."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+class Embedding(nn.Module):
+    """Token vectors, plus position vectors under ape."""
+
+    def __init__(self, config: ModelConfig, vocab_multiple: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.padded_vocab_size(vocab_multiple), config.hidden_size)
+        self.positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.position == "ape" else None
+        )
+
+    def forward(self, token_BT: Tensor, context: Context) -> Tensor:
+        """(B, T) int64 to (B, T, D)."""
+        x_BTD = self.tokens(token_BT)
+        is_meta = context.is_meta_BT[..., None]
+        if self.config.zero_meta_embedding:
+            x_BTD = x_BTD.masked_fill(is_meta, 0)
+        if self.positions is not None:
+            position_BTD = self.positions(context.position_BT)
+            if self.config.zero_meta_positions:
+                position_BTD = position_BTD.expand_as(x_BTD).masked_fill(is_meta, 0)
+            x_BTD = x_BTD + position_BTD
+        return x_BTD
+
+
+class MLP(nn.Module):
+    """Two projections around the activation; swiglu has a third, the gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.up_proj = nn.Linear(width, inner, bias=config.bias)
+        self.gate_proj = nn.Linear(width, inner, bias=config.bias) if config.activation == "swiglu" else None
+        self.down_proj = nn.Linear(inner, width, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        h_BTF = self.up_proj(x_BTD)
+        if self.gate_proj is not None:
+            h_BTF = F.silu(self.gate_proj(x_BTD)) * h_BTF
+        else:
+            h_BTF = F.gelu(h_BTF, approximate=self.approximate)
+        return self.down_proj(h_BTF)
+
+
+class Block(nn.Module):
+    """One layer: causal attention, meta-attention (if configured), MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.parallel_residual = config.parallel_residual
+        self.norm_1 = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.norm_meta = make_norm(config) if config.meta_attention else None
+        self.meta_attention = Attention(config, layer) if config.meta_attention else None
+        self.norm_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: DecodingCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        update = partial(cache.update_causal, self.layer) if cache is not None else None
+        out_BTD = x_BTD + self.attention(self.norm_1(x_BTD), context.rotation, context.mask, update)
+        out_BTD = self.add_meta(out_BTD, x_BTD if self.parallel_residual else out_BTD, context, cache)
+        return out_BTD + self.mlp(self.norm_2(x_BTD if self.parallel_residual else out_BTD))
+
+    def add_meta(self, x_BTD: Tensor, source_BTD: Tensor, context: Context, cache: DecodingCache | None) -> Tensor:
+        """x plus the meta branch of ``source``, computed over the meta rows alone: cost is M rows, not T."""
+        rows = context.meta
+        if self.meta_attention is None or self.norm_meta is None or rows is None:
+            return x_BTD
+        update = partial(cache.update_meta, self.layer) if cache is not None else None
+        # The norm works row by row, so it may come after the gather.
+        h_BMD = self.norm_meta(rows.gather(source_BTD))
+        return rows.scatter_add(x_BTD, self.meta_attention(h_BMD, rows.rotation, rows.mask, update))
+
+
+class Head(nn.Module):
+    """Final norm and the projection to the vocabulary, whose weight is the embedding's where they are tied."""
+
+    def __init__(self, config: ModelConfig, vocab_multiple: int) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.norm = make_norm(config)
+        self.output = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.hidden_size, config.padded_vocab_size(vocab_multiple), bias=False)
+        )
+
+    def forward(self, x_BTD: Tensor, embedding_PD: Tensor) -> Tensor:
+        """(B, T, D) to logits (B, T, V); padding rows of the vocabulary are cut off, so they get no gradient."""
+        weight_PD = embedding_PD if self.output is None else self.output.weight
+        return F.linear(self.norm(x_BTD), weight_PD)[..., : self.vocab_size]
+
+
+class GPT(nn.Module):
+    """The whole model in one process.
+
+    Args:
+        vocab_multiple: the embedding tables are padded to a multiple of this (spec §2); padding rows are zero and stay so.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_multiple: int = 128) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = Embedding(config, vocab_multiple)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.head = Head(config, vocab_multiple)
+
+    def hidden_states(
+        self,
+        token_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        num_meta_columns: int | None = None,
+        cache: DecodingCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) to the last block's output (B, T, D). The arguments are those of ``make_context``."""
+        context = make_context(
+            self.config,
+            token_BT,
+            position_BT=position_BT,
+            document_BT=document_BT,
+            num_meta_columns=num_meta_columns,
+            cache=cache,
+        )
+        x_BTD = self.embedding(token_BT, context)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, context, cache)
+        return x_BTD
+
+    def forward(
+        self,
+        token_BT: Tensor,
+        *,
+        position_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        num_meta_columns: int | None = None,
+        cache: DecodingCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V). The arguments are those of ``make_context``."""
+        x_BTD = self.hidden_states(
+            token_BT,
+            position_BT=position_BT,
+            document_BT=document_BT,
+            num_meta_columns=num_meta_columns,
+            cache=cache,
+        )
+        return self.head(x_BTD, self.embedding.tokens.weight)
