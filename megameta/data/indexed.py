@@ -1,0 +1,313 @@
+"""Tokenised corpora on disk: Megatron-LM's indexed format, a pair PREFIX.bin and PREFIX.idx.
+
+.bin holds the tokens of all sequences one after the other, little-endian; .idx (see index_format.py) says where
+sequences and documents begin. A document is a run of sequences; it may hold several of them or none.
+Legend: S sequences, D documents + 1.
+"""
+
+import mmap
+import os
+import shutil
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megameta.data.index_format import CODE_OF_DTYPE, MAGIC, VERSION, Ints, read_index
+from megameta.errors import UserError
+
+_COPY_BYTES = 16 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype of a new .bin: uint16 where the vocabulary is below 65500, else int32 (Megatron's rule)."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def dataset_prefix(prefix: str | os.PathLike[str]) -> str:
+    """The common prefix of a pair of files; a name ending in .bin or .idx stands for its prefix."""
+    text = os.fspath(prefix)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+def dataset_exists(prefix: str | os.PathLike[str]) -> bool:
+    """Whether both files of the pair are there. ``prefix`` with or without .bin or .idx."""
+    prefix = dataset_prefix(prefix)
+    return os.path.isfile(prefix + ".bin") and os.path.isfile(prefix + ".idx")
+
+
+class IndexedDatasetWriter:
+    """Writes a pair PREFIX.bin and PREFIX.idx; use it as a context manager.
+
+    The files appear under their names only when they are whole: they grow under temporary names in the same
+    directory, and are synced and renamed, .bin first, when the block ends without an exception; otherwise the
+    temporary files are removed. An existing pair is replaced (callers refuse that where they must).
+    Memory: 4 bytes a sequence and 8 bytes a document.
+
+    Raises UserError where the directory cannot be written or a token does not fit the dtype.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
+        self.prefix = dataset_prefix(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODE_OF_DTYPE or self.dtype.kind == "f":
+            raise ValueError(f"{self.dtype} is not a token dtype of the .idx format")
+        self.num_tokens = 0
+        self._sizes = array("i")
+        self._document_indices = array("q", [0])
+        self._temporary = {end: f"{self.prefix}{end}.tmp-{os.getpid()}" for end in (".bin", ".idx")}
+        try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin: IO[bytes] = open(self._temporary[".bin"], "wb")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise UserError(f"cannot write {self._temporary['.bin']}: {error.strerror}") from error
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._document_indices) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sizes)
+
+    def add_document(
+        self, sequences_or_ids: Sequence[Any] | npt.NDArray[Any], lengths: Sequence[int] | None = None
+    ) -> None:
+        """Append one document.
+
+        ``sequences_or_ids``: token ids, int[n]; or a list of such lists, one for each sequence.
+        ``lengths``: with ids in one list, the tokens in each sequence. Without it the ids are one sequence;
+        an empty document holds no sequence, as in Megatron's own tool.
+        """
+        if len(sequences_or_ids) and np.ndim(sequences_or_ids[0]) == 1:
+            if lengths is not None:
+                raise ValueError("lengths are given by the sequences themselves")
+            parts = [self._as_tokens(part) for part in sequences_or_ids]
+            lengths = [part.size for part in parts]
+            ids = np.concatenate(parts)
+        else:
+            ids = self._as_tokens(sequences_or_ids)
+            if lengths is None:
+                lengths = [ids.size] if ids.size else []
+        if sum(lengths) != ids.size or any(length < 0 for length in lengths):
+            raise ValueError(f"sequence lengths add up to {sum(lengths)}, the document has {ids.size} tokens")
+        self.add_documents(ids, lengths, [len(lengths)])
+
+    def add_documents(
+        self,
+        ids: npt.NDArray[Any] | bytes,
+        sequence_lengths: Sequence[int] | npt.NDArray[Any],
+        sequences_per_document: Sequence[int] | npt.NDArray[Any],
+    ) -> None:
+        """Append many documents at once.
+
+        ``ids``: the tokens of all of them, int[n] of this writer's dtype, or their bytes in file order.
+        ``sequence_lengths``: int[S'], tokens in each sequence; ``sequences_per_document``: int[documents].
+        """
+        raw = ids if isinstance(ids, bytes) else self._as_tokens(ids).tobytes()
+        total = int(np.sum(sequence_lengths, dtype=np.int64))
+        if total * self.dtype.itemsize != len(raw):
+            raise ValueError(f"sequences of {total} tokens do not fill {len(raw)} bytes of {self.dtype}")
+        if int(np.sum(sequences_per_document, dtype=np.int64)) != len(sequence_lengths):
+            raise ValueError("sequences_per_document does not add up to the number of sequences")
+        self._bin.write(raw)
+        self.num_tokens += total
+        first = len(self._sizes)
+        self._sizes.extend(int(size) for size in sequence_lengths)
+        for count in sequences_per_document:
+            first += int(count)
+            self._document_indices.append(first)
+
+    def add_dataset(self, prefix: str | os.PathLike[str]) -> None:
+        """Append every document of an existing dataset; its .bin is copied, not loaded."""
+        dataset = IndexedDataset(prefix)
+        if dataset.dtype != self.dtype:
+            raise UserError(
+                f"{dataset.prefix}.idx: tokens are {dataset.dtype}, {self.prefix} is written as {self.dtype}; "
+                "datasets that are joined must come from one tokenizer"
+            )
+        with open(dataset.prefix + ".bin", "rb") as source:
+            shutil.copyfileobj(source, self._bin, _COPY_BYTES)
+        first = len(self._sizes)
+        self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
+        self._document_indices.frombytes((dataset.document_indices[1:] + first).astype(np.int64).tobytes())
+        self.num_tokens += dataset.num_tokens
+
+    def _as_tokens(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``ids`` as an array of this dtype in file byte order; a value that would wrap around is refused."""
+        values = np.asarray(ids)
+        if values.dtype != self.dtype and values.size:
+            limits = np.iinfo(self.dtype)
+            if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+                raise UserError(
+                    f"{self.prefix}.bin: ids from {values.min()} to {values.max()} do not fit {self.dtype}; "
+                    "the dataset was opened for a smaller vocabulary"
+                )
+        return values.astype(self.dtype.newbyteorder("<"), copy=False)
+
+    def _write_index(self) -> None:
+        sizes = np.frombuffer(self._sizes, dtype=np.int32)
+        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+        with open(self._temporary[".idx"], "wb") as file:
+            file.write(MAGIC)
+            file.write(struct.pack("<QBQQ", VERSION, CODE_OF_DTYPE[self.dtype], len(sizes), self.num_documents + 1))
+            file.write(sizes.astype("<i4", copy=False).tobytes())
+            if len(sizes):
+                file.write(struct.pack("<q", 0))
+                file.write(ends[:-1].astype("<i8", copy=False).tobytes())
+            file.write(np.frombuffer(self._document_indices, dtype=np.int64).astype("<i8", copy=False).tobytes())
+            _sync(file)
+
+    def _publish(self) -> None:
+        _sync(self._bin)
+        self._bin.close()
+        self._write_index()
+        # Without its .idx a pair does not exist, so a crash between these lines never leaves a mixed pair.
+        Path(self.prefix + ".idx").unlink(missing_ok=True)
+        os.replace(self._temporary[".bin"], self.prefix + ".bin")
+        os.replace(self._temporary[".idx"], self.prefix + ".idx")
+        _sync_directory(Path(self.prefix).parent)
+
+    def discard(self) -> None:
+        """Close and remove what has been written so far."""
+        self._bin.close()
+        for name in self._temporary.values():
+            Path(name).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self._publish()
+        except OSError as failure:
+            self.discard()
+            raise UserError(f"cannot write {self.prefix}.bin/.idx: {failure.strerror}") from failure
+        except BaseException:
+            self.discard()
+            raise
+
+
+class IndexedDataset:
+    """A tokenised corpus, read through a memory map of PREFIX.bin.
+
+    Attributes: ``prefix``; ``dtype`` of .bin; ``sizes`` int32[S], tokens in each sequence;
+    ``document_indices`` int64[D], document boundaries as sequence numbers; ``num_tokens``, ``num_sequences``, ``num_documents``;
+    ``document_lengths`` int64[documents] in tokens; ``document_starts`` int64[documents], the first token of
+    each document, counted in tokens from the start of .bin.
+
+    Opening checks the index in full and .bin by its length alone, in time that does not grow with .bin.
+    Raises UserError naming the file and the byte offset of the damage. Pickling carries the prefix alone.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = dataset_prefix(prefix)
+        self._require_files()
+        self.dtype, self.sizes, self.document_indices = read_index(self.prefix + ".idx")
+        self.num_tokens = int(self.sizes.sum(dtype=np.int64))
+        self._tokens = self._map_bin()
+
+    def _require_files(self) -> None:
+        missing = [end for end in (".bin", ".idx") if not os.path.isfile(self.prefix + end)]
+        if not missing:
+            return
+        if len(missing) == 1:
+            other = ".idx" if missing == [".bin"] else ".bin"
+            raise UserError(f"{self.prefix}{missing[0]} is missing, {self.prefix}{other} is there: copy both files")
+        near = self.prefix + "_text_document"
+        hint = f"; did you mean {near}?" if dataset_exists(near) else "; tools/preprocess_data.py makes datasets"
+        raise UserError(f"there is no dataset {self.prefix} (neither .bin nor .idx){hint}")
+
+    def _map_bin(self) -> npt.NDArray[Any]:
+        name = self.prefix + ".bin"
+        expected = self.num_tokens * self.dtype.itemsize
+        actual = os.path.getsize(name)
+        if actual != expected:
+            what = "is truncated" if actual < expected else "has trailing bytes, or another dtype"
+            raise UserError(
+                f"{name} {what}: the index asks for {expected} bytes ({self.num_tokens} tokens of "
+                f"{self.dtype}), the file has {actual}; difference at byte {min(actual, expected)}. "
+                "Copy or make the pair again"
+            )
+        if expected == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype=self.dtype)
+        with open(name, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype=self.dtype.newbyteorder("<"))
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @cached_property
+    def _document_bounds(self) -> Ints:
+        bounds = np.zeros(self.num_sequences + 1, dtype=np.int64)
+        np.cumsum(self.sizes, out=bounds[1:])
+        return bounds[self.document_indices]
+
+    @property
+    def document_starts(self) -> Ints:
+        return self._document_bounds[:-1]
+
+    @cached_property
+    def document_lengths(self) -> Ints:
+        return np.diff(self._document_bounds)
+
+    def tokens(self, start_token: int, count: int) -> Ints:
+        """``count`` consecutive tokens of .bin from token number ``start_token``: int64[count], a copy."""
+        if start_token < 0 or count < 0 or start_token + count > self.num_tokens:
+            raise IndexError(f"{self.prefix}.bin: tokens {start_token} to {start_token + count} of {self.num_tokens}")
+        return self._tokens[start_token : start_token + count].astype(np.int64)
+
+    def document(self, index: int) -> Ints:
+        """All tokens of document ``index``: int64[document_lengths[index]]."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
+        start, end = self._document_bounds[index : index + 2]
+        return self.tokens(int(start), int(end - start))
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
+        return (IndexedDataset, (self.prefix,))
+
+
+def merge_datasets(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str | os.PathLike[str]) -> None:
+    """Join datasets in the given order into a new one, without loading any .bin into memory.
+
+    The bytes are those of a single writer that was given all documents. Raises UserError where dtypes differ.
+    """
+    if not prefixes:
+        raise ValueError("nothing to merge")
+    with IndexedDatasetWriter(output_prefix, IndexedDataset(prefixes[0]).dtype) as writer:
+        for prefix in prefixes:
+            writer.add_dataset(prefix)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
