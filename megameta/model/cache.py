@@ -10,8 +10,8 @@ NOWHERE = torch.iinfo(torch.int64).max
 class DecodingCache:
     """Grows by the rows of each forward pass.
 
-    Letters: B batch, G key–value heads, S rows so far, M meta columns so far (rows of a batch that got no meta-token in a
-    pass hold a padding column, whose order is ``NOWHERE``), K head width.
+    Letters: B batch, G key–value heads, S rows so far, M meta columns so far (rows of a batch that got no meta-token in
+    a pass hold a padding column, whose order is ``NOWHERE``), K head width.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from megameta.model.config import ModelConfig
 
 
 def forward_flops(config: ModelConfig, length: int, num_meta: float, *, vocab_rows: int | None = None) -> float:
-    """Flops of one sequence of ``length`` rows that holds ``num_meta`` meta-tokens; a backward pass costs twice as much.
+    """Flops of one sequence of ``length`` rows that holds ``num_meta`` meta-tokens; a backward pass costs twice that.
 
     Attention is counted in full, not halved for causality (the convention of PaLM's and nanoGPT's utilisation figures).
     The branch counts its M rows only (spec §2).

@@ -127,7 +127,7 @@ class GPT(nn.Module):
     """The whole model in one process.
 
     Args:
-        vocab_multiple: the embedding tables are padded to a multiple of this (spec §2); padding rows are zero and stay so.
+        vocab_multiple: the embedding tables are padded to a multiple of this (spec §2); padding rows stay zero.
     """
 
     def __init__(self, config: ModelConfig, vocab_multiple: int = 128) -> None:
