@@ -204,7 +204,8 @@ class IndexedDataset:
 
     Attributes: ``prefix``; ``dtype`` of .bin; ``sizes`` int32[S], tokens in each sequence;
     ``document_indices`` int64[D], document boundaries as sequence numbers;
-    ``num_tokens``, ``num_sequences``, ``num_documents``; ``document_lengths`` int64[documents] in tokens; ``document_starts`` int64[documents], the first token of
+    ``num_tokens``, ``num_sequences``, ``num_documents``;
+    ``document_lengths`` int64[documents] in tokens; ``document_starts`` int64[documents], the first token of
     each document, counted in tokens from the start of .bin.
 
     Opening checks the index in full and .bin by its length alone, in time that does not grow with .bin.
