@@ -127,6 +127,7 @@ def _meta_rows(
     count_B = is_meta_BT.sum(dim=1)
     if num_columns is None:
         num_columns = int(count_B.max())
+    num_columns = min(num_columns, length)  # a fixed number may exceed the rows of a decoding step
     if num_columns == 0:
         if not torch.is_grad_enabled():
             return None
