@@ -30,7 +30,7 @@ _SAMPLES = (
     "isn't it 3.14159 or 1,000,000?! (yes) [no] {maybe}",
     "Ünïcödé Straße Ελληνικά русский עברית العربية हिन्दी 中文字符 日本語 한국어",
     "emoji 👋🌍👩‍👩‍👧 and ﬁ ligature ① ½ \u00a0 \u3000 \u200b zero width",
-    "aaaaaaaaaaaa bbbbbbb abababab   <0x41> <unk> ▁ \ufffd",
+    "aaaaaaaaaaaa bbbbbbb abababab   ▁ \ufffd",
     "def f(x):\n    return x ** 2  # comment\n",
 )
 
@@ -126,6 +126,7 @@ class SentencePieceTokenizer(Tokenizer):
         transformers reads tokenizer.json. The conversion is checked on every piece and on samples of many scripts;
         where it differs from sentencepiece (or protobuf is missing) a warning is logged, no tokenizer.json is
         written, and AutoTokenizer makes what it can of the .model. ``load_tokenizer`` always uses the .model.
+        As everywhere in transformers, a special piece spelled out in a text (``<unk>``) is that piece there.
         """
         target = _make_directory(directory)
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
@@ -194,7 +195,7 @@ def _fast_tokenizer(proto: Any) -> Any | None:
     spec = proto.normalizer_spec
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])

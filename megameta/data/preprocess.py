@@ -1,0 +1,259 @@
+"""From text files to indexed datasets, in several processes.
+
+One process reads the inputs in blocks (see readers.py) and writes the results; the others parse and tokenise.
+Blocks are written in the order in which they were read, so the output does not depend on the number of workers.
+Only a few blocks for each worker are under way at a time, which bounds memory however large the corpus is.
+
+The bytes are those of Megatron-LM's tools/preprocess_data.py for the same text and tokenizer, with two exceptions
+on purpose: names of special tokens inside a text stay text, and blank lines are skipped.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from megameta.data import tokenizer as tokenizers
+from megameta.data.indexed import IndexedDatasetWriter, dataset_exists, token_dtype
+from megameta.data.readers import BadDocument, Block, document_texts, expand_inputs, parse_block, read_blocks
+from megameta.errors import UserError
+
+#: Bad documents that the summary names one by one; the rest are counted.
+NAMED_BAD_DOCUMENTS = 20
+_BLOCKS_PER_WORKER = 3
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer to load: our short form ``path``, or Megatron's ``--tokenizer-type`` with its files."""
+
+    path: str | None = None
+    type: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    model: str | None = None
+    #: Megatron's HuggingFaceTokenizer lets the tokenizer add its own special tokens (say a BOS) to a document.
+    add_special_tokens: bool = True
+
+    def load(self) -> tokenizers.Tokenizer:
+        if (self.path is None) == (self.type is None):
+            raise UserError("name one tokenizer: either --tokenizer PATH or --tokenizer-type with its files")
+        if self.path is not None:
+            return tokenizers.load_tokenizer(self.path)
+        if self.type == "GPT2BPETokenizer":
+            vocab, merges = self._need("vocab_file"), self._need("merge_file")
+            return tokenizers.load_gpt2_tokenizer(vocab, merges)
+        if self.type == "HuggingFaceTokenizer":
+            loaded = tokenizers.load_huggingface_tokenizer(self._need("model"))
+            loaded.add_special_tokens = self.add_special_tokens
+            return loaded
+        return tokenizers.load_sentencepiece_tokenizer(self._need("model"), str(self.type))
+
+    def _need(self, name: str) -> str:
+        value = getattr(self, name)
+        if not value:
+            flag = "--tokenizer-model" if name == "model" else "--" + name.replace("_", "-")
+            raise UserError(f"--tokenizer-type {self.type} needs {flag}")
+        return value
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What ``preprocess`` does; the names are those of the command's flags."""
+
+    inputs: list[str]
+    output_prefix: str
+    tokenizer: TokenizerChoice
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    append_eod: bool = False
+    workers: int = 1
+    on_error: str = "stop"
+    overwrite: bool = False
+
+    def output(self, key: str) -> str:
+        """Megatron's name for the dataset of one key."""
+        return f"{self.output_prefix}_{key}_document"
+
+
+@dataclass
+class Counts:
+    """What has been done so far. Bytes: ``input_bytes`` as stored on disk, ``text_bytes`` as UTF-8 text."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    bad: int = 0
+    input_bytes: int = 0
+    text_bytes: int = 0
+    seconds: float = 0.0
+    named_bad: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EncodedKey:
+    """The documents of one block under one key, ready to be appended to a dataset."""
+
+    ids: bytes
+    sequence_lengths: list[int]
+    sequences_per_document: list[int]
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    keys: list[EncodedKey]
+    documents: int
+    text_bytes: int
+    input_bytes: int
+    bad: list[BadDocument]
+
+
+class BlockEncoder:
+    """Parses and tokenises blocks; every worker process holds one."""
+
+    def __init__(self, options: PreprocessOptions) -> None:
+        self._tokenizer = options.tokenizer.load()
+        self._keys = options.json_keys
+        self._eod = self._tokenizer.eod_id if options.append_eod else None
+        self.dtype = token_dtype(self._tokenizer.base_vocab_size)
+
+    def encode(self, block: Block) -> EncodedBlock:
+        rows: list[list[list[str]]] = []  # for each document, for each key, its sequences
+        bad: list[BadDocument] = []
+        for location, document in parse_block(block):
+            texts = [document_texts(location, document, key) for key in self._keys]
+            wrong = next((text for text in texts if isinstance(text, BadDocument)), None)
+            if wrong is None:
+                rows.append([text for text in texts if not isinstance(text, BadDocument)])
+            else:
+                bad.append(wrong)
+        text_bytes = sum(len(text.encode()) for row in rows for texts in row for text in texts)
+        keys = [self._encode_key([row[number] for row in rows]) for number in range(len(self._keys))]
+        return EncodedBlock(keys, len(rows), text_bytes, block.input_bytes, bad)
+
+    def _encode_key(self, documents: list[list[str]]) -> EncodedKey:
+        encoded = iter(self._tokenizer.encode_batch([text for texts in documents for text in texts]))
+        sequences: list[list[int]] = []
+        per_document = []
+        for texts in documents:
+            own = [ids for ids in (next(encoded) for _ in texts) if ids]
+            if own and self._eod is not None:
+                own[-1].append(self._eod)
+            sequences += own
+            per_document.append(len(own))
+        lengths = [len(ids) for ids in sequences]
+        flat = np.fromiter(chain.from_iterable(sequences), dtype=self.dtype.newbyteorder("<"), count=sum(lengths))
+        return EncodedKey(flat.tobytes(), lengths, per_document)
+
+
+def preprocess(options: PreprocessOptions, on_progress: Callable[[Counts], None] = lambda counts: None) -> Counts:
+    """Tokenise ``options.inputs`` into one dataset for each key; return what was done.
+
+    ``on_progress`` is called after every block. Nothing is left under the final names unless all is well.
+    Raises UserError for a bad document (unless ``on_error`` is "skip"), for existing output (unless
+    ``overwrite``), for unreadable input, and where a worker dies.
+    """
+    for key in options.json_keys:
+        prefix = options.output(key)
+        if not options.overwrite and (os.path.exists(prefix + ".bin") or os.path.exists(prefix + ".idx")):
+            what = "is already there" if dataset_exists(prefix) else "is there in part"
+            raise UserError(f"{prefix}.bin/.idx {what}: give another --output-prefix, or --overwrite to replace it")
+    files = expand_inputs(options.inputs)
+    encoder = BlockEncoder(options)  # also finds what is wrong with the tokenizer before any process starts
+    counts = Counts()
+    started = time.monotonic()
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(IndexedDatasetWriter(options.output(key), encoder.dtype)) for key in options.json_keys
+        ]
+        blocks = _encoded_blocks(read_blocks(files, options.json_keys), encoder, options)
+        stack.enter_context(closing(blocks))  # after an error too, its processes end here and now
+        for block in blocks:
+            _note_bad(block.bad, counts, options.on_error)
+            for writer, encoded in zip(writers, block.keys, strict=True):
+                writer.add_documents(encoded.ids, encoded.sequence_lengths, encoded.sequences_per_document)
+                counts.tokens += sum(encoded.sequence_lengths)
+                counts.empty += encoded.sequences_per_document.count(0)
+            counts.documents += block.documents
+            counts.text_bytes += block.text_bytes
+            counts.input_bytes += block.input_bytes
+            counts.seconds = time.monotonic() - started
+            on_progress(counts)
+        if not counts.documents:
+            raise UserError(f"no documents in {', '.join(files[:5])}: nothing is written")
+    return counts
+
+
+def _note_bad(bad: Iterable[BadDocument], counts: Counts, on_error: str) -> None:
+    for document in bad:
+        text = f"{document.location}: {document.reason}"
+        if on_error != "skip":
+            raise UserError(f"{text}. Mend it, or skip such documents with --on-error skip")
+        counts.bad += 1
+        if counts.bad <= NAMED_BAD_DOCUMENTS:
+            counts.named_bad.append(text)
+
+
+def _encoded_blocks(
+    blocks: Iterator[Block], encoder: BlockEncoder, options: PreprocessOptions
+) -> Generator[EncodedBlock, None, None]:
+    """Encode blocks in order, in this process for one worker, else in a pool with bounded work under way."""
+    if options.workers <= 1:
+        yield from map(encoder.encode, blocks)
+        return
+    others = set(multiprocessing.active_children())
+    # Fresh processes ("spawn"): forking one that runs threads of tokenizers or rich can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.workers, context, _start_worker, (options,))
+    waiting: deque[Future[EncodedBlock]] = deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(_encode_in_worker, block))
+            if len(waiting) >= _BLOCKS_PER_WORKER * options.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died (killed, or out of memory): try fewer --workers; nothing is written"
+        ) from error
+    finally:  # after an error, or when the reader of this generator gave up
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: BlockEncoder | None = None
+
+
+def _start_worker(options: PreprocessOptions) -> None:
+    global _worker_encoder
+    # The processes are the parallelism; threads of the libraries on top of them only get in each other's way.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker_encoder = BlockEncoder(options)
+
+
+def _exit_with_parent() -> None:
+    """A worker waits for its next block for ever; were the main process killed, it would stay behind."""
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(block: Block) -> EncodedBlock:
+    if _worker_encoder is None:
+        raise RuntimeError("the worker was not started with _start_worker")
+    return _worker_encoder.encode(block)
