@@ -1,0 +1,349 @@
+"""The run configuration: typed and strict, YAML files overridden by ``a.b=c``, JSON schema for editors.
+
+A YAML file says only what differs from the defaults below; ``base: other.yaml`` starts from another file.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from megameta.errors import UserError
+from megameta.model.config import ModelConfig
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    dir: str = "runs/default"
+    """Directory of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, logs/."""
+    seed: int = Field(1234, ge=0)
+    """Seed of the initial weights, the order of the data and the places of meta-tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPUs that are there, else the CPU."""
+
+
+class DataSection(Section):
+    """What is read."""
+
+    train: list[str] = []
+    """Prefixes of tokenised datasets (PREFIX.bin and PREFIX.idx); their documents are pooled."""
+    valid: dict[str, list[str]] = {}
+    """Held-out sets by name, each a list of prefixes; a bare list is named "valid"."""
+    tokenizer: str | None = None
+    """Tokenizer directory or file. Gives model.vocab_size and model.meta_token_id, and bits per byte."""
+    sequence_length: int = Field(1024, ge=2)
+    """Slots T of a sequence, meta-tokens included."""
+    meta_token_fraction: float = Field(0.1, ge=0.0, le=0.5)
+    """k: a sequence holds floor(k · T) meta-tokens at random places."""
+    document_mask: bool = False
+    """Keep attention and loss inside documents."""
+    reset_positions: bool = False
+    """Restart positions at document ends (needs document_mask)."""
+    skip: list[tuple[int, int]] = []
+    """Ranges [first, end) of global batches to pass over, counted from 0 (after a loss spike)."""
+
+    @pydantic.field_validator("train", mode="before")
+    @classmethod
+    def _one_prefix(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("valid", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        if isinstance(value, str | list):
+            value = {"valid": value} if value else {}
+        if isinstance(value, dict):
+            return {name: [prefix] if isinstance(prefix, str) else prefix for name, prefix in value.items()}
+        return value
+
+    @property
+    def num_meta_tokens(self) -> int:
+        """M = floor(k · T), in exact arithmetic on the decimal k (0.29 · 100 is 29, not 28)."""
+        return int(Fraction(str(self.meta_token_fraction)) * self.sequence_length)
+
+    @property
+    def text_per_sample(self) -> int:
+        """L = T − M, the text tokens of a sequence."""
+        return self.sequence_length - self.num_meta_tokens
+
+
+class TrainSection(Section):
+    """How long, how large, how precise."""
+
+    num_steps: int = Field(1000, ge=1)
+    """Optimiser steps of the whole run."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences of one forward pass on one rank."""
+    global_batch_size: int = Field(8, ge=1)
+    """Sequences of one optimiser step, over all ranks and accumulation steps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """The device's peak for mfu, in TFLOP/s. Default: measured with matrix products at the start of the run."""
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    implementation: Literal["torch", "apex"] = "torch"
+    """torch's fused AdamW, or FusedAdam of an installed NVIDIA apex."""
+    lr: float = Field(6e-4, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(6e-5, ge=0)
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to min_lr, warm-up–stable–decay (linear over the last decay_steps), or constant."""
+    decay_steps: int = Field(0, ge=0)
+    """wsd: steps of the final decay. Default: a tenth of train.num_steps."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices (norms and biases have none)."""
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class ParallelSection(Section):
+    """How the work is divided."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that share one layer's matrices."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the layers."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals along the sequence inside a tensor-parallel group."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed ZeRO partitions: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters."""
+
+
+class CheckpointSection(Section):
+    """What is kept."""
+
+    interval: int = Field(1000, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay on disk."""
+
+
+class EvalSection(Section):
+    """Evaluation on the held-out sets."""
+
+    interval: int = Field(1000, ge=1)
+    """Steps between evaluations; the last step is always evaluated."""
+    num_samples: int = Field(256, ge=0)
+    """Sequences of each set, evenly spread over it; 0: all of it."""
+    without_injection: bool = True
+    """Also evaluate without meta-tokens where training has them."""
+
+
+class InitSection(Section):
+    """Where the weights start."""
+
+    from_checkpoint: str | None = None
+    """Start anew from the weights (alone) of this checkpoint or run directory."""
+
+
+class LogSection(Section):
+    """What is shown and recorded."""
+
+    tensorboard: bool = True
+    """Write RUN/tensorboard."""
+    interval: int = Field(10, ge=1)
+    """Steps between printed lines where there is no terminal, and between TensorBoard points."""
+
+
+class RunConfig(Section):
+    """Everything that a run depends on."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    init: InitSection = InitSection()
+    log: LogSection = LogSection()
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; may not contradict what is derived from the other sections."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section, as YAML and JSON hold them."""
+        return json.loads(self.model_dump_json())
+
+    def to_yaml(self) -> str:
+        """Every value, in the order of the sections."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_raw(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
+    """A YAML file, what it is based on, and overrides, merged into plain values; nothing is checked yet but the YAML.
+
+    Raises:
+        UserError: unreadable file, bad YAML (with its line), a key given twice, a malformed override.
+    """
+    raw = _read_with_bases(Path(path), ())
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return raw
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise UserError(f"{path}: is its own base ({' → '.join(str(p) for p in chain)})")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a configuration is a mapping of sections, not {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is not None:
+        raw = _merge(_read_with_bases(path.parent / str(base), (*chain, path.resolve())), raw)
+    return raw
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    place[last] = value
+
+
+def build_config(raw: dict[str, Any], source: str = "configuration", lines: dict[str, int] | None = None) -> RunConfig:
+    """Typed configuration from plain values. ``lines`` says where keys stand in the file, for messages.
+
+    Raises:
+        UserError: every unknown key (with the nearest known one) and every bad value, by key.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem, lines or {}) for problem in error.errors()]
+        raise UserError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from error
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+    """``build_config(load_raw(path, overrides))``."""
+    return build_config(load_raw(path, overrides), str(path), key_lines(path))
+
+
+def key_lines(path: str | os.PathLike[str]) -> dict[str, int]:
+    """The line, from 1, on which each key of a YAML file stands, by section.key."""
+    root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    found: dict[str, int] = {}
+
+    def visit(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                found[prefix + str(key_node.value)] = key_node.start_mark.line + 1
+                visit(value_node, f"{prefix}{key_node.value}.")
+
+    visit(root, "")
+    return found
+
+
+def _explain(problem: Any, lines: dict[str, int]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    where = f"line {lines[key]}: " if key in lines else ""
+    return where + _explain_key(problem, key)
+
+
+def _explain_key(problem: Any, key: str) -> str:
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [name for name, _ in known_keys()]
+        hint = nearest_key(key, known)
+        return f"{key}: unknown key" + (f"; did you mean {hint}?" if hint else "")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool | list | None) else ""
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def nearest_key(key: str, known: list[str]) -> str | None:
+    """The known key that the writer most likely meant: first within the section, then anywhere by its last part."""
+    section = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    if match := difflib.get_close_matches(key, siblings, n=1, cutoff=0.75):
+        return match[0]
+    last = key.rpartition(".")[2]
+    by_last = {name.rpartition(".")[2]: name for name in known if "." in name}
+    match = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)
+    return by_last[match[0]] if match else None
+
+
+def known_keys() -> Iterator[tuple[str, str]]:
+    """Every key as section.key with its description."""
+    schema = config_schema()
+    for section, entry in schema["properties"].items():
+        reference = entry.get("$ref") or next((part["$ref"] for part in entry.get("allOf", [])), None)
+        if reference is None:
+            yield section, entry.get("description", "")
+            continue
+        yield section, ""
+        for key, value in schema["$defs"][reference.rpartition("/")[2]]["properties"].items():
+            yield f"{section}.{key}", value.get("description", "")
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of a configuration file, for editors (yaml-language-server)."""
+    schema = RunConfig.model_json_schema()
+    schema["title"] = "megameta run configuration"
+    schema["properties"]["base"] = {"type": "string", "description": "Start from this file (relative to this one)."}
+    return schema

@@ -1,0 +1,115 @@
+"""A sample of T slots: text with meta-tokens at random places, labels, documents, positions (spec §1 and §2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megameta.config import DataSection
+from megameta.data.counter_random import choose, make_key
+from megameta.data.samples import SampleIndex, Text
+
+#: Label of a slot that has no loss; torch's cross_entropy and HuggingFace use the same.
+IGNORE_INDEX = -100
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence. All arrays are int64 (T,)."""
+
+    index: int
+    token_T: Ints
+    label_T: Ints
+    document_T: Ints | None
+    """Document inside the sample, where documents are masked."""
+    position_T: Ints | None
+    """Positions, where they restart at document ends."""
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """How text becomes a sample.
+
+    Attributes:
+        num_meta_tokens: M, injected at random places of the T = L + M slots.
+        skip_first_target: give the sample's first text token no loss, even where a leading meta-token predicts it; a
+            model without meta-tokens cannot predict it, so evaluation leaves it out (spec §4, "Twin").
+    """
+
+    text_per_sample: int
+    num_meta_tokens: int
+    meta_token_id: int
+    seed: int
+    document_mask: bool = False
+    reset_positions: bool = False
+    skip_first_target: bool = False
+
+    @classmethod
+    def of(cls, data: DataSection, meta_token_id: int, seed: int) -> "SampleFormat":
+        """The format that a configuration trains on."""
+        return cls(
+            text_per_sample=data.text_per_sample,
+            num_meta_tokens=data.num_meta_tokens,
+            meta_token_id=meta_token_id,
+            seed=seed,
+            document_mask=data.document_mask,
+            reset_positions=data.reset_positions,
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """Slots T."""
+        return self.text_per_sample + self.num_meta_tokens
+
+
+def meta_positions(seed: int, index: int, length: int, count: int) -> Ints:
+    """Slots of the meta-tokens of sample ``index``: a pure function of (seed, index), ascending (spec §1)."""
+    return choose(make_key(seed, "meta-tokens", index), length, count)
+
+
+def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
+    """Inject meta-tokens into L + 1 text tokens and say which slots have a loss.
+
+    Slot t's label is the token of slot t + 1, the L + 1st text token being slot T. There is none where that is a
+    meta-token, or, under a document mask, belongs to another document. A meta-token does predict the text token after
+    it, and belongs to the document of the text before it (a leading run: to the first document).
+    """
+    length = form.sequence_length
+    is_text = np.ones(length + 1, dtype=bool)
+    is_text[meta_positions(form.seed, index, length, form.num_meta_tokens)] = False
+    slots = np.full(length + 1, form.meta_token_id, dtype=np.int64)
+    slots[is_text] = text.token_L
+    label_T = np.where(is_text[1:], slots[1:], IGNORE_INDEX)
+    if form.skip_first_target:
+        first = int(np.argmax(is_text))
+        if first > 0:
+            label_T[first - 1] = IGNORE_INDEX
+    document_T = position_T = None
+    if form.document_mask:
+        # The number of text tokens up to a slot says which text token it holds or follows.
+        document = text.document_L[np.maximum(np.cumsum(is_text) - 1, 0)]
+        label_T[document[1:] != document[:-1]] = IGNORE_INDEX
+        document_T = document[:-1]
+        if form.reset_positions:
+            place = np.arange(length)
+            is_start = np.ones(length, dtype=bool)
+            is_start[1:] = document_T[1:] != document_T[:-1]
+            position_T = place - np.maximum.accumulate(np.where(is_start, place, 0))
+    return Sample(index, slots[:-1], label_T, document_T, position_T)
+
+
+class Dataset:
+    """Samples by index, counting on through epochs."""
+
+    def __init__(self, samples: SampleIndex, form: SampleFormat) -> None:
+        self.samples = samples
+        self.form = form
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return self.samples.samples_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        return build_sample(self.samples.text(index), index, self.form)

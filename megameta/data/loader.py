@@ -1,0 +1,116 @@
+"""Batches of an optimiser step, as a pure function of its number: any rank, any worker, any resume reads the same."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megameta.data.dataset import IGNORE_INDEX, Dataset, Sample
+from megameta.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass of one rank. Tensors are int64 (B, T)."""
+
+    token_BT: Tensor
+    label_BT: Tensor
+    document_BT: Tensor | None
+    position_BT: Tensor | None
+    num_meta_columns: int | None
+    """Meta-tokens of the fullest sequence, where it is known beforehand."""
+    sample_ids: tuple[int, ...]
+
+    def to(self, device: str) -> "Batch":
+        """The batch on a device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            token_BT=self.token_BT.to(device, non_blocking=True),
+            label_BT=self.label_BT.to(device, non_blocking=True),
+            document_BT=move(self.document_BT),
+            position_BT=move(self.position_BT),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that count in the loss."""
+        return int((self.label_BT != IGNORE_INDEX).sum())
+
+
+def collate(samples: Sequence[Sample], num_meta_columns: int | None) -> Batch:
+    """Stack samples of one length."""
+
+    def stack(arrays: list) -> Tensor | None:
+        return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
+
+    return Batch(
+        token_BT=torch.from_numpy(np.stack([s.token_T for s in samples])),
+        label_BT=torch.from_numpy(np.stack([s.label_T for s in samples])),
+        document_BT=stack([s.document_T for s in samples]),
+        position_BT=stack([s.position_T for s in samples]),
+        num_meta_columns=num_meta_columns,
+        sample_ids=tuple(s.index for s in samples),
+    )
+
+
+def next_batch_number(number: int, skip: Sequence[tuple[int, int]]) -> int:
+    """The first batch from ``number`` on that no range [first, end) of ``data.skip`` holds."""
+    for first, end in sorted(skip):
+        if first <= number < end:
+            number = end
+    return number
+
+
+class StepLoader:
+    """This rank's micro-batches of global batch ``number``, read ahead in a thread.
+
+    Global batch n holds samples n · G … (n + 1) · G − 1; accumulation step a and data-parallel rank r take ``micro`` of
+    them from n · G + (a · data_parallel_size + r) · micro on. So the samples of a step do not depend on the layout.
+    """
+
+    def __init__(self, dataset: Dataset, topology: Topology, *, micro_batch_size: int, global_batch_size: int) -> None:
+        self.dataset = dataset
+        self.topology = topology
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.accumulation_steps = global_batch_size // (micro_batch_size * topology.data_parallel_size)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def read(self, number: int, then: int | None = None) -> list[Batch]:
+        """Micro-batches of global batch ``number``; starts to read ``then``, the one that will be asked for next."""
+        future = self._ahead.pop(number, None) or self._reader.submit(self._read, number)
+        batches = future.result()
+        self._ahead = {} if then is None else {then: self._reader.submit(self._read, then)}
+        return batches
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, number: int) -> list[Batch]:
+        micro, ranks = self.micro_batch_size, self.topology.data_parallel_size
+        batches = []
+        for step in range(self.accumulation_steps):
+            first = number * self.global_batch_size + (step * ranks + self.topology.data_parallel_rank) * micro
+            samples = [self.dataset[index] for index in range(first, first + micro)]
+            batch = collate(samples, self.dataset.form.num_meta_tokens)
+            batches.append(_pin(batch) if self.topology.device_type == "cuda" else batch)
+        return batches
+
+
+def _pin(batch: Batch) -> Batch:
+    return replace(
+        batch,
+        token_BT=batch.token_BT.pin_memory(),
+        label_BT=batch.label_BT.pin_memory(),
+        document_BT=None if batch.document_BT is None else batch.document_BT.pin_memory(),
+        position_BT=None if batch.position_BT is None else batch.position_BT.pin_memory(),
+    )

@@ -1,0 +1,132 @@
+"""From a launcher's environment to a Topology, and a launcher of our own for one machine.
+
+torchrun, deepspeed and ``megameta train --nproc-per-node`` set RANK, WORLD_SIZE and LOCAL_RANK; under srun the same
+comes from SLURM's variables; without any of them the process is alone.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megameta.errors import UserError
+from megameta.parallel.topology import Topology
+
+#: Seconds that the other ranks get to end by themselves once one has failed.
+GRACE_SECONDS = 20.0
+
+
+def pick_device(wanted: str) -> str:
+    """ "cuda" or "cpu" for run.device = auto, cpu or cuda."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+    return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank).
+
+    Raises:
+        UserError: half-set variables, or values that are not numbers.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in environment and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    elif "RANK" not in environment:
+        return 0, 1, 0
+    try:
+        rank, size, local = (int(environment[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's variables {', '.join(names)} are not all set to numbers: {error}") from error
+    return rank, size, local
+
+
+def make_topology(device: str, *, model_ranks: int = 1, environment: Mapping[str, str] = os.environ) -> Topology:
+    """The place of this process; ``model_ranks`` is the size of one model replica."""
+    rank, size, local = ranks_from_environment(environment)
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {rank} is number {local} on its machine, which has {torch.cuda.device_count()} GPU(s);"
+            " start as many processes as there are GPUs"
+        )
+    return Topology(
+        world_size=size,
+        rank=rank,
+        local_rank=local,
+        device=f"cuda:{local}" if device == "cuda" else "cpu",
+        data_parallel_size=size // model_ranks,
+        data_parallel_rank=rank // model_ranks,
+    )
+
+
+def initialize_process_group(topology: Topology) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one."""
+    os.environ.setdefault("RANK", str(topology.rank))
+    os.environ.setdefault("WORLD_SIZE", str(topology.world_size))
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
+    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    if topology.device_type == "cuda":
+        torch.cuda.set_device(topology.device)
+        dist.init_process_group("nccl", device_id=torch.device(topology.device))
+    else:
+        dist.init_process_group("gloo")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_local(arguments: Sequence[str], num_processes: int) -> int:
+    """Run ``python -m megameta ARGUMENTS`` as ``num_processes`` ranks on this machine; return the exit code.
+
+    Ends when all ranks have; the code is that of the first rank that failed. When one fails the others get ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and
+    SIGUSR1 are passed on to every rank.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    ranks = []
+    for rank in range(num_processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-m", "megameta", *arguments]
+        ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place}))
+
+    def forward(number: int, _frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    deadline, failed = None, 0
+    while any(process.poll() is None for process in ranks):
+        codes = [process.poll() for process in ranks]
+        if deadline is None and any(codes):
+            failed = next(code for code in codes if code)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    failed = failed or next((process.returncode for process in ranks if process.returncode), 0)
+    return failed if failed >= 0 else 128 - failed

@@ -1,0 +1,43 @@
+"""DeepSpeed's own configuration, derived from the run's; the pass-through section is merged last."""
+
+from typing import Any
+
+from megameta.config import RunConfig
+from megameta.errors import UserError
+
+
+def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``.
+
+    bf16 and fp16 run as autocast over float32 parameters (fp16 with a gradient scaler), the one mixed precision that is
+    right at every ZeRO stage; gradients are reduced in float32, so no module is listed for low-precision communication.
+
+    Raises:
+        UserError: ``deepspeed:`` sets a key to something else than what is derived.
+    """
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+    }
+    if config.train.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.train.precision]
+        derived["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return _merge(derived, config.deepspeed, "deepspeed")
+
+
+def _merge(derived: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        here = f"{path}.{key}"
+        if key not in derived:
+            merged[key] = value
+        elif isinstance(derived[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(derived[key], value, here)
+        elif derived[key] != value:
+            raise UserError(
+                f"{here}: {value!r} contradicts {derived[key]!r}, which follows from the other sections; change them instead"
+            )
+    return merged
