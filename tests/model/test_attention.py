@@ -1,0 +1,213 @@
+"""Kernels: the choice between them, varlen bounds, and flash-attn's calling convention (with a stand-in on a CPU)."""
+
+import importlib.machinery
+import importlib.util
+import itertools
+import math
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import LENGTH, assert_close, make_documents, make_positions, make_tokens, small_config, small_model
+from torch import Tensor
+
+from megameta.model import DecodingCache, Mask
+from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, segment_bounds
+
+
+class FakeFlash(types.ModuleType):
+    """flash-attn 2's two functions by their documented contract, in float64, noting each call."""
+
+    def __init__(self) -> None:
+        super().__init__("flash_attn")
+        self.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+        self.calls: list[str] = []
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+        """(B, T, H, K) and twice (B, S, G, K); a causal mask is aligned to the bottom right corner."""
+        self.calls.append("causal" if causal else "full")
+        self._check(q, k, v, 4)
+        return torch.stack([_dense(*rows, causal) for rows in zip(q, k, v)])
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        causal: bool = False,
+    ) -> Tensor:
+        """(rows, H, K): sequences one after another, whose bounds are int32 with 0 and the number of rows in them."""
+        self.calls.append("varlen")
+        self._check(q, k, v, 3)
+        for bounds, rows, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
+            assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(rows)
+            assert isinstance(longest, int) and longest == bounds.diff().max()
+        parts = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist())
+        return torch.cat([_dense(q[a:b], k[a:b], v[a:b], causal) for a, b in parts])
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
+        for x in (q, k, v):
+            assert x.dtype in (torch.float16, torch.bfloat16) and x.ndim == ndim and x.stride(-1) == 1
+        assert q.shape[-2] % k.shape[-2] == 0 and k.shape == v.shape
+
+
+def _dense(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, causal: bool) -> Tensor:
+    share = q_THK.shape[1] // k_SGK.shape[1]
+    k, v = (x.double().repeat_interleave(share, dim=1) for x in (k_SGK, v_SGK))
+    score = torch.einsum("thk,shk->hts", q_THK.double(), k) / math.sqrt(q_THK.shape[-1])
+    if causal:
+        hidden = torch.ones(score.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q_THK))
+        score = score.masked_fill(hidden, -math.inf)
+    return torch.einsum("hts,shk->thk", score.softmax(-1), v).to(q_THK.dtype)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFlash]:
+    module = FakeFlash()
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    yield module
+
+
+def qkv(kv_heads: int, rows: int = LENGTH, queries: int = LENGTH, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, queries, 4, 8), (4, rows, kv_heads, 8), (4, rows, kv_heads, 8)]
+    return [torch.randn(s, generator=generator).to(dtype).transpose(1, 2) for s in shapes]  # as projections give them
+
+
+def document_mask(document: Tensor) -> Mask:
+    row = torch.arange(document.shape[1])
+    allowed = (row[None] <= row[:, None]) & (document[:, :, None] == document[:, None, :])
+    return Mask(causal=False, allowed_BTS=allowed, document_BT=document)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["causal", "packed", "left_pad", "right_pad", "one_row"])
+def test_flash_equals_sdpa(kind: str, kv_heads: int, flash: FakeFlash) -> None:
+    q, k, v = qkv(kv_heads, queries=1 if kind == "one_row" else LENGTH)
+    document = make_documents(kind) if kind not in ("causal", "one_row") else None
+    mask = Mask(causal=kind == "causal") if document is None else document_mask(document)
+    out = attend_flash(q, k, v, mask)
+    assert flash.calls == [{"causal": "causal", "one_row": "full"}.get(kind, "varlen")]
+    expected = attend_sdpa(q.double(), k.double(), v.double(), mask)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, expected, 1e-2, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_flash_falls_back_for_wide_dtypes(dtype: torch.dtype, flash: FakeFlash) -> None:
+    q, k, v = qkv(2, dtype=dtype)
+    for mask in (Mask(causal=True), document_mask(make_documents("packed"))):
+        assert torch.equal(attend_flash(q, k, v, mask), attend_sdpa(q, k, v, mask))
+    assert flash.calls == []
+
+
+def test_flash_falls_back_for_cache_masks(flash: FakeFlash) -> None:
+    """A chunk after a cache: the mask is neither causal from the first row nor one of documents alone."""
+    q, k, v = qkv(2, queries=3)
+    allowed = torch.ones(1, 3, LENGTH, dtype=torch.bool).tril(LENGTH - 3)
+    out = attend_flash(q, k, v, Mask(causal=False, allowed_BTS=allowed))
+    assert flash.calls == []
+    assert_close(out, attend_sdpa(q.double(), k.double(), v.double(), Mask(False, allowed)), 1e-2, "cache")
+
+
+@pytest.mark.parametrize("documents", ["one", "packed", "left_pad"])
+def test_flash_in_the_model(documents: str, flash: FakeFlash) -> None:
+    """The whole model in bfloat16: as near to float64 through flash as through sdpa, gradients too; then decoding."""
+    config = small_config(num_key_value_heads=2)
+    token, document = make_tokens(config, "ragged"), make_documents(documents)
+    position = make_positions("restart", document)
+    given_ = {"document_BT": document, "position_BT": position}
+    exact = small_model(config)(token, **given_)
+    errors = {}
+    for backend in ("sdpa", "flash"):
+        model = small_model(small_config(num_key_value_heads=2, attention_backend=backend), torch.bfloat16)
+        assert model.blocks[0].attention.name == model.blocks[0].meta_attention.name == backend
+        logits = model(token, **given_)
+        logits.float().square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        errors[backend] = (logits.double() - exact).abs().max() / exact.abs().max()
+        calls, flash.calls = flash.calls, []
+    # Causal attention in each of two layers; the branch too, unless its documents need a mask of their own.
+    assert calls == (["causal"] * 4 if documents == "one" else ["varlen"] * 2)
+    assert errors["flash"] < 2 * errors["sdpa"] + 1e-3 < 0.2, errors
+    cache = DecodingCache()
+    with torch.no_grad():
+        parts = [
+            model(
+                token[:, a:b],
+                position_BT=position[:, a:b],
+                document_BT=None if document is None else document[:, a:b],
+                cache=cache,
+            )
+            for a, b in ((0, 6), (6, 7), (7, 11), (11, 13))
+        ]
+    assert (torch.cat(parts, dim=1).double() - exact).abs().max() / exact.abs().max() < 0.2
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(-1, 2), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_segment_bounds(rows: list[list[int]]) -> None:
+    document = torch.tensor(rows)
+    bounds, longest = segment_bounds(document)
+    assert bounds.dtype == torch.int32
+    expected, flat = [0], [(i, d) for i, row in enumerate(rows) for d in row]
+    for at in range(1, len(flat)):
+        if flat[at] != flat[at - 1]:
+            expected.append(at)
+    expected.append(len(flat))
+    assert bounds.tolist() == expected
+    assert longest == max(b - a for a, b in itertools.pairwise(expected))
+
+
+def test_flash_that_is_missing_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(ImportError, match=r"pip install flash-attn"):
+        choose_attention("flash")
+    with pytest.raises(ImportError, match=r"attention_backend=sdpa"):
+        small_model(small_config(attention_backend="flash"))
+    assert choose_attention("auto") == choose_attention("sdpa") == ("sdpa", attend_sdpa)
+
+
+def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_attention("flash") == ("flash", attend_flash)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_attention("auto") == ("sdpa", attend_sdpa)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_attention("auto") == ("flash", attend_flash)
+    assert choose_attention("sdpa") == ("sdpa", attend_sdpa)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kind", ["causal", "packed", "left_pad"])
+def test_real_flash_equals_sdpa(kind: str, kv_heads: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: flash-attn is compared with sdpa on a GPU only")
+    if importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed: pip install flash-attn --no-build-isolation")
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, kv_heads, kv_heads)
+    inputs = [torch.randn(4, LENGTH, h, 64, generator=generator).cuda().bfloat16().transpose(1, 2) for h in heads]
+    document = None if kind == "causal" else make_documents(kind).cuda()
+    if document is None:
+        mask = Mask(causal=True)
+    else:
+        on_cpu = document_mask(document.cpu())
+        mask = Mask(causal=False, allowed_BTS=on_cpu.allowed_BTS.cuda(), document_BT=document)
+    results = []
+    for attend, dtype in ((attend_flash, torch.bfloat16), (attend_sdpa, torch.float64)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        out = attend(*leaves, mask)
+        out.double().square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*results):
+        assert_close(got.cpu(), expected.cpu(), 2e-2, kind)
