@@ -45,7 +45,10 @@ def attend_flash(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> 
         mask.allowed_BTS is not None and mask.document_BT is None
     ):
         return attend_sdpa(q_BHTK, k_BGSK, v_BGSK, mask)
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    try:  # inside a try, because transformers refuses remote code whose other imports cannot all be satisfied
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(f"flash-attn is installed but does not load: {error}") from error
 
     q, k, v = (x.transpose(1, 2) for x in (q_BHTK, k_BGSK, v_BGSK))
     if mask.document_BT is None:

@@ -1,0 +1,90 @@
+"""The training model's decoding cache as transformers' ``generate`` expects one; copied into exports."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from megameta.model.cache import DecodingCache
+
+
+class MegametaCache(Cache):
+    """What ``generate`` needs of a cache, around the training model's own (``decoding``), which grows without limit."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.decoding = DecodingCache()
+
+    def __len__(self) -> int:
+        return len(self.decoding.causal)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows so far."""
+        return self.decoding.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no largest length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Rows that a query of ``query_length`` new rows sees, and the offset of the first."""
+        return self.decoding.length + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, or -1 before the first pass."""
+        return self.decoding.causal[0][0].shape[0] if self.decoding.causal else -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: it grows."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it holds rows."""
+        return bool(self.decoding.causal)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.decoding = DecodingCache()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what ``beam_idx[i]`` was."""
+        self.decoding.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence ``repeats`` times, neighbours."""
+        if self.decoding.causal:
+            device = self.decoding.causal[0][0].device
+            self.decoding.select(torch.arange(self.batch_size, device=device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        if self.decoding.causal:
+            self.decoding.select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` rows: transformers passes a negative number, 0 to keep all.
+
+        A positive number is the length to keep, as transformers 5.0 still called it.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.decoding.length + tokens_to_remove
+        self.decoding.crop(max(kept, 0))
+
+
+def as_megameta_cache(cache: Any) -> MegametaCache:
+    """The cache itself, or a new one in the place of an empty growing cache.
+
+    Raises:
+        ValueError: a cache of another kind.
+    """
+    if isinstance(cache, MegametaCache):
+        return cache
+    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+        return MegametaCache()
+    raise ValueError(
+        f"this model cannot use a {type(cache).__name__} as past_key_values: its meta branch keeps rows of its own."
+        " Pass nothing, an empty DynamicCache, or the past_key_values of an earlier output (MegametaCache)"
+    )

@@ -1,0 +1,127 @@
+"""Checkpoints to HuggingFace and back (the work of ``tools/convert_checkpoint.py``)."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megameta.errors import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What of the run's configuration stands in the model card.
+_CARD_KEYS = {
+    "data": ("sequence_length", "meta_token_fraction", "document_mask", "reset_positions"),
+    "train": ("num_steps", "global_batch_size", "precision"),
+    "optimizer": ("lr", "min_lr", "warmup_steps", "schedule", "weight_decay"),
+}
+
+
+def checkpoint_to_hf(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Export a checkpoint, or the newest one of a run, with the run's tokenizer and a card filled from the run.
+
+    Args:
+        tokenizer: path, in place of the one in the run's configuration.
+        dtype: float32, bfloat16 or float16; default: as the checkpoint holds them.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: see ``export_to_hf``; or no such checkpoint or tokenizer.
+    """
+    from megameta.checkpoint import load_weights
+    from megameta.data.tokenizer import load_tokenizer
+    from megameta.hf.export import export_to_hf
+
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    run_config, tensors = load_weights(source)
+    path = tokenizer or run_config.data.tokenizer
+    if tokenizer is None and path is not None and not Path(path).exists():
+        raise UserError(f"the run's tokenizer {path} is not there: say where it is with --tokenizer PATH")
+    return export_to_hf(
+        run_config.model,
+        tensors,
+        output_dir,
+        tokenizer=load_tokenizer(path) if path is not None else None,
+        card=card_from_run(run_config, Path(source)),
+        dtype=_DTYPES[dtype] if dtype is not None else None,
+        overwrite=overwrite,
+    )
+
+
+def hf_to_checkpoint(directory: str | Path, output_dir: str | Path) -> Path:
+    """Write an export's weights as a checkpoint, which ``init.from_checkpoint`` takes.
+
+    Raises:
+        UserError: see ``import_from_hf``; or the output exists.
+    """
+    from megameta.checkpoint import save_weights
+    from megameta.hf.importer import import_from_hf
+
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already: choose another output")
+    imported = import_from_hf(directory)
+    save_weights(output, imported.config, imported.tensors, imported.tokenizer_dir)
+    return output
+
+
+def next_step(output: Path) -> str:
+    """A shell command that opens the export and generates from it."""
+    values = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    path = str(output)
+    remote = ", trust_remote_code=True" if "auto_map" in values else ""
+    has_tokenizer = (output / "tokenizer_config.json").is_file()
+    model = f"AutoModelForCausalLM.from_pretrained(p{remote})"
+    if has_tokenizer:
+        code = (
+            f"from transformers import AutoModelForCausalLM, AutoTokenizer; p = {path!r};"
+            " t = AutoTokenizer.from_pretrained(p);"
+            f" m = {model}; o = m.generate(**t('The', return_tensors='pt'), max_new_tokens=20); print(t.decode(o[0]))"
+        )
+    else:
+        code = f"from transformers import AutoModelForCausalLM; p = {path!r}; print({model})"
+    return f'python -c "{code}"'
+
+
+def card_from_run(run_config: Any, source: Path) -> dict[str, Any]:
+    """What the run's configuration and metrics.jsonl say, for the model card; no paths but the data's last parts."""
+    training = {
+        f"{section}.{key}": value
+        for section, keys in _CARD_KEYS.items()
+        for key in keys
+        if (value := getattr(getattr(run_config, section, None), key, None)) is not None
+    }
+    prefixes = [Path(prefix).name for prefix in getattr(run_config.data, "train", None) or []]
+    card: dict[str, Any] = {"training": training} if training else {}
+    if prefixes:
+        card["training_data"] = prefixes
+    if numbers := _last_numbers(source):
+        card["last_numbers"] = numbers
+    return card
+
+
+def _last_numbers(source: Path) -> dict[str, float]:
+    """The last value of every number in the run's metrics.jsonl; empty where there is none."""
+    candidates = [folder / "metrics.jsonl" for folder in (source, source.parent, source.parent.parent)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    numbers: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path is not None else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that was killed while writing
+        for name, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                numbers[name] = value
+    return numbers

@@ -1,0 +1,182 @@
+"""Writes a model as a HuggingFace directory, and refuses to leave one behind whose logits are not the model's."""
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megameta.data.tokenizer import Tokenizer
+from megameta.errors import UserError
+from megameta.hf.bundle import MODELING_FILE, bundle_source
+from megameta.hf.card import make_card
+from megameta.hf.gpt2 import fits_gpt2, make_gpt2_config, to_gpt2
+from megameta.hf.names import check_tensors, to_hf_name
+from megameta.hf.verify import verify_export
+from megameta.model import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+#: Classes that transformers' Auto classes find in the modeling file.
+AUTO_MAP = {
+    "AutoConfig": "MegametaConfig",
+    "AutoModel": "MegametaModel",
+    "AutoModelForCausalLM": "MegametaForCausalLM",
+}
+
+
+def export_to_hf(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    output_dir: str | Path,
+    tokenizer: Tokenizer | None = None,
+    card: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write safetensors, config.json, generation_config.json, the modeling file, tokenizer files and a model card.
+
+    A model that GPT2LMHeadModel computes exactly (``fits_gpt2``) becomes that, without a modeling file. The directory
+    appears under its name only when it is whole and has been verified (``verify_export``).
+
+    Args:
+        tensors: logical tensors (no padding rows) by canonical name in the plain ``GPT``.
+        card: see ``make_card``.
+        dtype: of the stored weights; default: that of the tensors.
+        overwrite: replace an existing export.
+        max_shard_size: weights are split into files of at most this size.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the output exists, tensors or tokenizer do not fit the configuration, or verification failed.
+    """
+    output = Path(output_dir)
+    _check_output(output, overwrite)
+    check_tensors(config, tensors, "the model to export")
+    _check_tokenizer(config, tokenizer)
+    # Which kernel trained the model says nothing about the machine that will load it.
+    config = dataclasses.replace(config, attention_backend="auto")
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    with _appears_whole(output, overwrite) as directory:
+        pad_id = _write_tokenizer(config, tokenizer, directory)
+        model = _make_model(config, tensors)
+        model.generation_config = _generation_config(config, tokenizer, pad_id)
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        for file in directory.glob("*.safetensors"):  # written for their owner alone, unlike the other files
+            file.chmod((directory / "config.json").stat().st_mode & 0o777)
+        stock = fits_gpt2(config)
+        if not stock:
+            (directory / MODELING_FILE).write_text(bundle_source(), encoding="utf-8")
+        text = make_card(
+            config,
+            card or {},
+            stock=stock,
+            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+            dtype=str(model.dtype).removeprefix("torch."),
+            has_tokenizer=tokenizer is not None,
+        )
+        (directory / "README.md").write_text(text, encoding="utf-8")
+        del model
+        verify_export(directory, config, tensors)
+    return output
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists already: choose another output, or pass --overwrite to replace it")
+    if not (output / "config.json").is_file():
+        raise UserError(
+            f"{output} is not a HuggingFace model directory, so it is not overwritten: choose another output"
+        )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.meta_token_id != config.meta_token_id:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries and the meta-token at {tokenizer.meta_token_id}, but the"
+            f" model {config.vocab_size} and {config.meta_token_id}: give the tokenizer that the model was trained with"
+        )
+
+
+@contextlib.contextmanager
+def _appears_whole(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling directory that takes the place of ``output`` at the end, or vanishes on an error."""
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
+    old = None
+    try:
+        yield temporary
+        if overwrite and output.is_dir():
+            old = output.rename(temporary.with_suffix(".old"))
+        temporary.rename(output)  # takes the place of an empty directory, too
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old is not None and not output.exists():
+            old.rename(output)
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _make_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """The HuggingFace model around the very tensors (no copy but where GPT-2's layout differs)."""
+    from transformers import GPT2LMHeadModel
+
+    from megameta.hf.modeling import MegametaConfig, MegametaForCausalLM
+
+    model: PreTrainedModel
+    with torch.device("meta"):
+        if fits_gpt2(config):
+            model = GPT2LMHeadModel(make_gpt2_config(config))
+            named = to_gpt2(config, tensors)
+        else:
+            module = MODELING_FILE.removesuffix(".py")
+            auto_map = {auto: f"{module}.{name}" for auto, name in AUTO_MAP.items()}
+            model = MegametaForCausalLM(MegametaConfig.from_model_config(config, auto_map=auto_map))
+            named = {to_hf_name(name): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(named, strict=False, assign=True)
+    model.tie_weights()
+    model.config.dtype = next(iter(named.values())).dtype
+    return model
+
+
+def _write_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None, directory: Path) -> int | None:
+    """Save the tokenizer and return the id of its padding token."""
+    if tokenizer is None:
+        return None
+    tokenizer.save(directory)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.setdefault("model_max_length", config.max_position_embeddings)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pad = values.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    pad_id = tokenizer.token_id(pad) if pad else None
+    return tokenizer.eod_id if pad_id is None else pad_id
+
+
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None, pad_id: int | None) -> "GenerationConfig":
+    from transformers import GenerationConfig
+
+    eod_id = tokenizer.eod_id if tokenizer is not None else None
+    return GenerationConfig(
+        bos_token_id=eod_id, eos_token_id=eod_id, pad_token_id=pad_id, suppress_tokens=[config.meta_token_id]
+    )

@@ -1,0 +1,256 @@
+"""The HuggingFace classes around the training model's own modules; ``megameta.hf.bundle`` copies them into exports.
+
+Names of weights, export ← training model: ``model.embedding.*`` ← ``embedding.*``, ``model.blocks.*`` ← ``blocks.*``,
+``model.norm.*`` ← ``head.norm.*``, ``lm_head.weight`` ← ``head.output.weight`` (absent where embeddings are tied).
+
+Letters: B batch, T rows of this pass, S rows with those in the cache, D model width, V vocabulary.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as hf_init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from megameta.hf.cache import as_megameta_cache
+from megameta.hf.configuration import MegametaConfig
+from megameta.model.attention import Attention
+from megameta.model.context import make_context
+from megameta.model.gpt import MLP, Block, Embedding, make_norm
+from megameta.model.loss import IGNORE_INDEX, cross_entropy_sum
+
+
+class MegametaPreTrainedModel(PreTrainedModel):
+    """Initial weights, loading and saving."""
+
+    config_class = MegametaConfig
+    config: MegametaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2 initialisation, as in training (spec §2), though drawn from torch's global generator."""
+        super()._init_weights(module)
+        residual = None
+        if isinstance(module, Attention):
+            residual = module.o_proj
+        elif isinstance(module, MLP):
+            residual = module.down_proj
+        if residual is not None:
+            adds = self.config.num_hidden_layers * (3 if self.config.meta_attention else 2)
+            hf_init.normal_(residual.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(adds))
+
+
+class MegametaModel(MegametaPreTrainedModel):
+    """Token ids to the hidden states after the final norm."""
+
+    def __init__(self, config: MegametaConfig) -> None:
+        super().__init__(config)
+        backend: Literal["sdpa", "flash"] = "flash" if config._attn_implementation == "flash_attention_2" else "sdpa"
+        self.model_config = config.to_model_config(backend)
+        self.embedding = Embedding(self.model_config, vocab_multiple=1)
+        self.blocks = nn.ModuleList(Block(self.model_config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(self.model_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embedding.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embedding.tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) ids to (B, T, D); meta-tokens are ids like any other.
+
+        Args:
+            attention_mask: (B, S), 0 at padding, on either side; rows of padding are never attended to, nor are they
+                meta-tokens, whatever their id.
+            position_ids: (B or 1, T); counted over rows that are not padding where absent.
+            output_hidden_states: also return the embeddings and each block's output, the last after the final norm.
+
+        Raises:
+            ValueError: an argument that is not supported; the message says what is.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("pass input_ids, not inputs_embeds: the meta branch needs to know the meta-tokens")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions is not supported: the kernels do not return attention weights")
+        checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = as_megameta_cache(past_key_values) if (use_cache or past_key_values is not None) else None
+        if checkpointing:
+            cache = None  # a block that runs twice would append its rows twice
+        past = cache.get_seq_length() if cache is not None else 0
+        token_BT, position_BT, document_BT = self._rows(input_ids, attention_mask, position_ids, past)
+        decoding = cache.decoding if cache is not None else None
+        context = make_context(
+            self.model_config, token_BT, position_BT=position_BT, document_BT=document_BT, cache=decoding
+        )
+        x_BTD = self.embedding(token_BT, context)
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden: list[Tensor] = []
+        for block in self.blocks:
+            hidden.append(x_BTD) if keep_all else None
+            if checkpointing:
+                x_BTD = self._gradient_checkpointing_func(block.__call__, x_BTD, context)
+            else:
+                x_BTD = block(x_BTD, context, decoding)
+        x_BTD = self.norm(x_BTD)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BTD,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden, x_BTD) if keep_all else None,
+        )
+
+    def _rows(
+        self, token_BT: Tensor, mask_BS: Tensor | None, position_BT: Tensor | None, past: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Token ids, positions and documents (0 real, −1 padding; None without padding) of the new rows."""
+        length, config = token_BT.shape[1], self.model_config
+        document_BT = None
+        if mask_BS is not None:
+            if mask_BS.ndim != 2 or mask_BS.shape[1] != past + length:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask_BS.shape)}, but a mask over the {past} rows of the cache"
+                    f" and the {length} new ones is needed: ({token_BT.shape[0]}, {past + length})"
+                )
+            if not mask_BS.all():  # a mask of ones costs the fast causal kernel, so it is dropped
+                is_real_BT = mask_BS[:, past:].bool()
+                document_BT = torch.where(is_real_BT, 0, -1)
+                token_BT = token_BT.masked_fill(~is_real_BT, 0 if config.meta_token_id else 1)
+                if position_BT is None:
+                    position_BT = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+        limit = config.max_position_embeddings
+        too_long = config.position == "ape" and past + length > limit
+        if too_long and (position_BT is None or int(position_BT.max()) >= limit):
+            raise ValueError(f"a sequence of {past + length} rows exceeds this model's {limit} learned positions")
+        return token_BT, position_BT, document_BT
+
+
+class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
+    """The language model. Generation settings, the suppressed meta-token among them: generation_config.json."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegametaConfig) -> None:
+        super().__init__(config)
+        self.model = MegametaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The projection to the vocabulary."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the projection to the vocabulary."""
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """(B, T) ids to logits (B, T, V). The arguments are those of ``MegametaModel`` and these.
+
+        Args:
+            labels: (B, T) ids, shifted in here: labels[:, t] is the target of row t − 1. Targets that are −100, the
+                meta-token, or padding have no loss (spec §1).
+            logits_to_keep: only the last so many rows' logits (0: all), or those of these rows.
+            num_items_in_batch: divides the sum of the losses, in place of the number of valid targets here.
+        """
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            if logits_BTV.shape[1] != labels.shape[1]:
+                raise ValueError("a loss needs the logits of every row: leave logits_to_keep at 0")
+            loss = self._loss(logits_BTV, labels.to(logits_BTV.device), attention_mask, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _loss(
+        self, logits_BTV: Tensor, label_BT: Tensor, mask_BT: Tensor | None, num_items: int | Tensor | None
+    ) -> Tensor:
+        target_BT = label_BT[:, 1:].masked_fill(label_BT[:, 1:] == self.config.meta_token_id, IGNORE_INDEX)
+        if mask_BT is not None:  # neither what padding predicts nor what predicts padding
+            is_real_BT = (mask_BT[:, 1:] * mask_BT[:, :-1]).bool()
+            target_BT = target_BT.masked_fill(~is_real_BT, IGNORE_INDEX)
+        count = (target_BT != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
+        if isinstance(count, Tensor):
+            count = count.to(logits_BTV.device)
+        return cross_entropy_sum(logits_BTV[:, :-1], target_BT) / count
+
+    def _prepare_cache_for_generation(  # type: ignore[override] # its other arguments change between versions
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """``generate`` makes a DynamicCache by default; here it gets a MegametaCache."""
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={asked!r} is not supported: the meta branch keeps rows of its own, in a cache"
+                " that grows. Leave it unset (or 'dynamic')"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given._is_user_defined = True
+        if given is not None or generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = as_megameta_cache(given)
+            model_kwargs["past_key_values"]._is_user_defined = given is not None
