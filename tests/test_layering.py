@@ -1,0 +1,158 @@
+"""Imports point one way: cli, tools → tasks, analysis → train, hf → checkpoint, parallel, data → config → model.
+
+Read from the source (nothing is imported), so that an import inside a function, under TYPE_CHECKING, or by
+``import_module("megameta…")`` counts too. A part may import from layers below its own and from itself; not from its
+neighbours of the same layer. Parts that do not exist yet are simply not found; a new one needs a place in LAYERS.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megameta"
+
+#: From top to bottom. Names joined by "+" count as one part.
+LAYERS: list[list[str]] = [
+    ["tools", "cli+__main__"],
+    ["tasks", "analysis"],
+    ["train", "hf"],
+    ["checkpoint", "parallel", "data"],
+    ["config+validate"],
+    ["model"],
+]
+RANK = {name: depth for depth, layer in enumerate(LAYERS) for part in layer for name in part.split("+")}
+PART = {name: part for layer in LAYERS for part in layer for name in part.split("+")}
+#: May be imported by every part but model, and import no part themselves.
+SHARED = {"errors", "__init__"}
+#: What model/ may import besides the standard library; flash_attn only inside a function, where it is installed.
+MODEL_NEEDS = {"torch", "flash_attn"}
+
+
+def part_of(module: str) -> str | None:
+    """``megameta.data.indexed`` → data, ``tools.x`` → tools, ``megameta`` → __init__; None for what is not ours."""
+    names = module.split(".")
+    if names[0] == "tools":
+        return "tools"
+    if names[0] != PACKAGE:
+        return None
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def imports(source: str, module: str, is_package: bool, parts: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every module that the source imports."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            if name == PACKAGE:  # from megameta import data: a part, or a name of megameta/__init__.py
+                yield from (
+                    (node.lineno, f"{PACKAGE}.{alias.name}" if alias.name in parts else PACKAGE) for alias in node.names
+                )
+            else:
+                yield node.lineno, name
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def complaints(source: str, module: str, *, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of one module, a line each."""
+    here = part_of(module)
+    assert here is not None
+    found = []
+    for line, name in imports(source, module, is_package, set(RANK) | SHARED):
+        there, top = part_of(name), name.split(".")[0]
+        wrong = None
+        if there is None:
+            if here == "model" and top not in MODEL_NEEDS and top not in sys.stdlib_module_names:
+                wrong = "model/ needs torch and the standard library only"
+        elif there in SHARED:
+            if here == "model":
+                wrong = "model/ imports nothing else of the package"
+        elif here in SHARED:
+            wrong = "is imported by every part, so it may import none"
+        elif there not in RANK:
+            wrong = "has no place in LAYERS of tests/test_layering.py"
+        elif PART[here] != PART[there] and RANK[there] <= RANK[here]:
+            wrong = "lies not below"
+        if wrong is not None:
+            found.append(f"{module}:{line}: {here} → {name}: {wrong}")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
+    result = []
+    for path in files:
+        names = path.relative_to(ROOT).with_suffix("").parts
+        result.append((".".join(names[:-1] if names[-1] == "__init__" else names), path))
+    return result
+
+
+def test_every_part_has_its_place() -> None:
+    found = {part_of(name) for name, _ in modules()}
+    assert {"model", "__init__", "errors"} <= found
+    unplaced = found - set(RANK) - SHARED
+    assert not unplaced, f"give {sorted(map(str, unplaced))} a place in LAYERS (tests/test_layering.py)"
+
+
+def test_imports_point_one_way() -> None:
+    found = []
+    for name, path in modules():
+        if part_of(name) in set(RANK) | SHARED:
+            found += complaints(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("megameta.model.gpt", "import torch.nn as nn\nimport math\nfrom megameta.model.rope import rotate"),
+        ("megameta.model.gpt", "from . import rope\nfrom .rope import rotate\nfrom .. import model"),
+        ("megameta.data.indexed", "import numpy\nfrom megameta.errors import UserError\nimport megameta.model"),
+        ("megameta.config", "from megameta.model.config import ModelConfig\nfrom megameta.validate import check"),
+        ("megameta.train.loop", "from megameta import __version__, data, checkpoint\nfrom megameta.parallel import x"),
+        ("megameta.hf.export", "from megameta.data.tokenizer import Tokenizer\nfrom .names import to_hf_name"),
+        ("megameta.analysis.maps", "import megameta.train.setup\nfrom ..hf import importer"),
+        ("megameta.__main__", "from megameta.cli import main"),
+        ("tools.convert_checkpoint", "from megameta.hf.export import export"),
+        ("megameta", "import importlib.metadata"),
+    ],
+)
+def test_allowed(module: str, source: str) -> None:
+    assert complaints(source, module, is_package=module == PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("megameta.model.gpt", "import numpy as np"),
+        ("megameta.model.gpt", "from megameta.errors import UserError"),
+        ("megameta.model.gpt", "from megameta import __version__"),
+        ("megameta.model.gpt", "def f():\n    from ..config import RunConfig"),
+        ("megameta.model.gpt", "import importlib\nimportlib.import_module('deepspeed')"),
+        ("megameta.config", "import megameta.data.indexed"),
+        ("megameta.validate", "from .parallel.topology import Topology"),
+        ("megameta.data.loader", "from megameta import parallel"),
+        ("megameta.checkpoint.store", "from megameta.train.engine import Engine"),
+        ("megameta.train.loop", "from ..hf.export import export"),
+        ("megameta.hf.export", "if TYPE_CHECKING:\n    from megameta.train.setup import x"),
+        ("megameta.tasks.parity", "from megameta.analysis import x"),
+        ("megameta.train.loop", "from megameta.cli import main"),
+        ("megameta.cli", "from tools.convert_checkpoint import main"),
+        ("megameta.data.readers", "import tools"),
+        ("megameta.data.readers", "from megameta.unheard_of import x"),
+        ("megameta.errors", "import megameta.config"),
+        ("megameta", "from megameta.model import GPT"),
+    ],
+)
+def test_refused(module: str, source: str) -> None:
+    assert len(complaints(source, module, is_package=module == PACKAGE)) == 1
