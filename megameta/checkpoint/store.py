@@ -8,8 +8,8 @@
         manifest.json           format, sizes and SHA-256 of the files above
     RUN/checkpoints/latest      name of the newest whole checkpoint, moved last
 
-A checkpoint appears under its name when it is whole: it is written beside it, synced, and renamed. One made of weights alone
-(converted from elsewhere) has no optimizer.safetensors and no trainer.json.
+A checkpoint appears under its name when it is whole: it is written beside it, synced, and renamed. One made of
+weights alone (converted from elsewhere) has no optimizer.safetensors and no trainer.json.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove the oldest step_… checkpoints beyond ``keep``, never the one that ``latest`` names, and unfinished ones."""
+    """Remove the oldest checkpoints beyond ``keep``, never the one that ``latest`` names, and unfinished ones."""
     latest = (directory / LATEST).read_text(encoding="utf-8").strip()
     for path in sorted(directory.glob("step_*"))[:-keep]:
         if path.name != latest:

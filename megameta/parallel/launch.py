@@ -90,8 +90,8 @@ def free_port() -> int:
 def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     """Run ``python -m megameta ARGUMENTS`` as ``num_processes`` ranks on this machine; return the exit code.
 
-    Ends when all ranks have; the code is that of the first rank that failed. When one fails the others get ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and
-    SIGUSR1 are passed on to every rank.
+    Ends when all ranks have; the code is that of the first rank that failed. When one fails the others get
+    ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))

@@ -38,6 +38,6 @@ def _merge(derived: dict[str, Any], extra: dict[str, Any], path: str) -> dict[st
             merged[key] = _merge(derived[key], value, here)
         elif derived[key] != value:
             raise UserError(
-                f"{here}: {value!r} contradicts {derived[key]!r}, which follows from the other sections; change them instead"
+                f"{here}: {value!r} contradicts {derived[key]!r}, derived from the other sections; change them instead"
             )
     return merged

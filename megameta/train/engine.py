@@ -91,6 +91,7 @@ class Engine:
             config=deepspeed_config(config, self.accumulation_steps),
             dist_init_required=False,
         )
+        self._make_moments()
         self._names = {f"gpt.{name}": name for name, _ in model.named_parameters()}
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -239,23 +240,32 @@ class Engine:
             return list(zero.single_partition_of_fp32_groups)
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def load_moments(self, moments: dict[str, Tensor], step: int) -> None:
-        """Put saved moments (keyed as by ``gather_state``, in full on every rank) and AdamW's step count in place.
+    def _make_moments(self) -> None:
+        """Make AdamW's state before the first step, which would make it itself, and link it to the parameters.
 
-        The weights must have been in the model when the engine was made. AdamW makes its state at the first step; here
-        it is made beforehand, and linked to the parameters as ZeRO does after its first step.
+        ZeRO 1 and 2 link after the first parameter group's first step, when the second group has no state yet, and
+        never again, so that safe_get_full_optimizer_state fails for that group (seen with DeepSpeed 0.19.8).
         """
         state = self._inner_optimizer.state
         for tensor in self._owned():
             state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
-            state[tensor]["step"] = torch.tensor(float(step), device=tensor.device)
+            state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        if self.engine.zero_optimization_stage() in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def load_moments(self, moments: dict[str, Tensor], step: int) -> None:
+        """Put saved moments (keyed as by ``gather_state``, in full on every rank) and AdamW's step count in place.
+
+        The weights must have been in the model when the engine was made.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        state = self._inner_optimizer.state
+        for tensor in self._owned():
+            state[tensor]["step"].fill_(step)
         for group in self._inner_optimizer.param_groups:
             if "step" in group:  # apex counts by group
                 group["step"] = step
-        if self.engine.zero_optimization_stage() in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         for name, parameter in self.named_parameters():
             for key in MOMENTS:
                 value = moments[f"{key}.{name}"].to(self.topology.device)
@@ -269,10 +279,8 @@ class Engine:
     @property
     def optimizer_step(self) -> int:
         """Updates that AdamW has made (fp16 may have skipped some steps)."""
-        for tensor in self._owned():
-            if "step" in self._inner_optimizer.state.get(tensor, {}):
-                return int(self._inner_optimizer.state[tensor]["step"])
-        return int(self._inner_optimizer.param_groups[0].get("step", 0))
+        by_group = self._inner_optimizer.param_groups[0].get("step")  # apex
+        return int(by_group if by_group is not None else self._inner_optimizer.state[self._owned()[0]]["step"])
 
     @property
     def _scaler(self) -> Any:

@@ -1,0 +1,103 @@
+"""``megameta …``: the commands for people. Every command also runs as ``python -m megameta …``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megameta import __version__
+from megameta.errors import UserError, run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="megameta", description="Pre-train language models with learned meta-tokens.")
+    parser.add_argument("--version", action="version", version=f"megameta {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        description="Train the model of a configuration. A run that was stopped goes on by itself when started again."
+        " Exit codes: 0 done, 1 failed, 75 stopped by SIGTERM or SIGUSR1 after saving a checkpoint.",
+    )
+    _add_config_arguments(train)
+    train.add_argument(
+        "--nproc-per-node",
+        metavar="N",
+        default=None,
+        help="start N processes on this machine; auto: one a GPU (torchrun, deepspeed and srun work too)",
+    )
+    train.set_defaults(run=_train)
+    config = commands.add_parser("config", help="show, check or describe a configuration")
+    parts = config.add_subparsers(dest="part", required=True, metavar="PART")
+    show = parts.add_parser("show", help="print every value as YAML")
+    _add_config_arguments(show)
+    show.set_defaults(run=_config_show)
+    check = parts.add_parser("check", help="check a configuration for a number of processes and describe the run")
+    _add_config_arguments(check)
+    check.add_argument(
+        "--gpus", type=int, default=None, metavar="N", help="GPUs of the run (default: 1 process on CPU)"
+    )
+    check.set_defaults(run=_config_check)
+    schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
+    schema.set_defaults(run=_config_schema)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``megameta`` command; exits."""
+    parser = build_parser()
+    # Overrides may stand after options, which argparse's own positional list does not allow under subcommands.
+    arguments, rest = parser.parse_known_args(argv)
+    if "overrides" not in arguments or any(word.startswith("-") or "=" not in word for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        arguments.overrides += rest
+    command: Callable[[argparse.Namespace], int | None] = arguments.run
+    run_tool(lambda: command(arguments))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megameta.parallel.launch import launch_local, pick_device
+    from megameta.train.run import train
+
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        count = _process_count(arguments.nproc_per_node, pick_device("auto"))
+        return launch_local(["train", arguments.config, *arguments.overrides], count)
+    return train(arguments.config, arguments.overrides)
+
+
+def _process_count(wanted: str, device: str) -> int:
+    if wanted == "auto":
+        import torch
+
+        return torch.cuda.device_count() if device == "cuda" else 1
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UserError(f"--nproc-per-node {wanted}: a number of at least 1, or auto")
+    return int(wanted)
+
+
+def _config_show(arguments: argparse.Namespace) -> None:
+    from megameta.train.setup import load_run_config
+
+    sys.stdout.write(load_run_config(arguments.config, arguments.overrides, need_files=False).to_yaml())
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from megameta.train.check import check_config
+
+    return check_config(arguments.config, arguments.overrides, gpus=arguments.gpus)
+
+
+def _config_schema(arguments: argparse.Namespace) -> None:
+    from megameta.config import config_schema
+
+    json.dump(config_schema(), sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")

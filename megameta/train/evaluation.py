@@ -1,0 +1,80 @@
+"""Loss on a fixed held-out set: the same samples, and the same targets with and without meta-tokens."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megameta.config import RunConfig
+from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
+from megameta.data.loader import Batch, collate
+from megameta.data.samples import Corpus, SampleIndex
+from megameta.data.tokenizer import load_tokenizer
+from megameta.parallel.topology import Topology
+from megameta.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Loss in nats a target; perplexity; bits per byte of the targets' text (None without a tokenizer)."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    targets: int
+
+    @classmethod
+    def of(cls, loss_sum: float, targets: int, num_bytes: int) -> "EvalResult":
+        """From sums over the set."""
+        loss = loss_sum / max(1, targets)
+        bits = loss_sum / math.log(2) / num_bytes if num_bytes else None
+        return cls(loss, math.exp(min(loss, 700.0)), bits, targets)
+
+
+class Evaluator:
+    """Evaluates an engine on the configured sets.
+
+    A set's samples are L-token windows of its text in the order on disk, evenly spread; the same windows are read with
+    meta-tokens injected and without, and by a twin with the same L. The first token of a window never counts, because a
+    model without meta-tokens has nothing to predict it from. So every number is over the same targets (spec §4).
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        form = replace(
+            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed), skip_first_target=True
+        )
+        forms = {"": form}
+        if form.num_meta_tokens and config.eval.without_injection:
+            forms["/no-meta"] = replace(form, num_meta_tokens=0)
+        self.sets = {
+            name + suffix: Dataset(SampleIndex(Corpus(prefixes), form.text_per_sample, None), form)
+            for name, prefixes in config.data.valid.items()
+            for suffix, form in forms.items()
+        }
+        self.byte_counts: Tensor | None = None
+        if config.data.tokenizer is not None:
+            self.byte_counts = torch.from_numpy(load_tokenizer(config.data.tokenizer).token_bytes()).long()
+
+    def run(self, engine: Engine) -> dict[str, EvalResult]:
+        """Results by set name; "NAME/no-meta" is the same text without meta-tokens. Collective."""
+        return {
+            name: EvalResult.of(*engine.evaluate(self._batches(dataset), self.byte_counts))
+            for name, dataset in self.sets.items()
+        }
+
+    def _batches(self, dataset: Dataset) -> Iterator[Batch]:
+        micro, ranks = self.config.train.micro_batch_size, self.topology.data_parallel_size
+        wanted = min(self.config.eval.num_samples or len(dataset), len(dataset))
+        chosen = [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)]
+        padded = -(-wanted // (micro * ranks)) * micro * ranks
+        for first in range(self.topology.data_parallel_rank * micro, padded, micro * ranks):
+            # Every rank must run as many passes (ZeRO 3 gathers in each): past the end, samples without targets.
+            samples = [dataset[chosen[i] if i < wanted else chosen[0]] for i in range(first, first + micro)]
+            batch = collate(samples, dataset.form.num_meta_tokens)
+            batch.label_BT[max(0, wanted - first) :] = IGNORE_INDEX
+            yield batch

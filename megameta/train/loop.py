@@ -1,0 +1,282 @@
+"""The training run: steps, evaluations, checkpoints, and an exact resume."""
+
+import fcntl
+import signal
+import statistics
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from megameta.checkpoint import (
+    Checkpoint,
+    TrainerState,
+    check_resumable,
+    latest_checkpoint,
+    open_checkpoint,
+    prune,
+    write_checkpoint,
+)
+from megameta.checkpoint.store import point_latest, step_name, write_text_atomically
+from megameta.config import RunConfig
+from megameta.data.dataset import Dataset, SampleFormat
+from megameta.data.loader import StepLoader, next_batch_number
+from megameta.data.samples import Corpus, SampleIndex
+from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.parallel.topology import Topology
+from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
+from megameta.train.engine import Engine
+from megameta.train.evaluation import Evaluator
+from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
+from megameta.train.schedule import learning_rate
+from megameta.train.setup import build_model, initial_weights
+
+
+class Trainer:
+    """A run on one rank. Every rank makes one and calls ``run``."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.directory = Path(config.run.dir)
+        self.checkpoints = self.directory / "checkpoints"
+        self._lock = self._open_directory()
+        checkpoint = self._find_checkpoint()
+        dataset = Dataset(
+            SampleIndex(Corpus(config.data.train), config.data.text_per_sample, config.run.seed),
+            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed),
+        )
+        self.evaluator = Evaluator(config, topology)
+        self.loader = StepLoader(
+            dataset,
+            topology,
+            micro_batch_size=config.train.micro_batch_size,
+            global_batch_size=config.train.global_batch_size,
+        )
+        self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
+        weights = checkpoint.weights() if checkpoint else initial_weights(config)
+        self.engine = Engine(build_model(config, weights), config, topology)
+        if checkpoint:
+            self.state = checkpoint.trainer()
+            self.engine.load_moments(checkpoint.moments(), self.state.optimizer_step)
+            self.engine.load_loss_scale(self.state.loss_scale)
+        self._stop_requested = False
+        self._describe(dataset, checkpoint)
+        self._open_records()
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _open_directory(self) -> IO[str] | None:
+        """Make the run directory and hold its lock: two runs in one directory would destroy each other's files."""
+        lock: IO[str] | None = None
+        taken = False
+        if self.topology.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / ".lock").open("a", encoding="utf-8")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+        verdict = [taken]
+        dist.broadcast_object_list(verdict)
+        if verdict[0]:
+            raise UserError(f"{self.directory}: another run is using this directory; wait for it or set run.dir")
+        rank = self.topology.rank
+        open_log(self.directory / "logs" / f"rank_{rank}.log", echo=self.topology.is_main)
+        return lock
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from. Rank 0's look at the directory counts for all."""
+        found: list[Any] = [latest_checkpoint(self.directory) if self.topology.is_main else None]
+        dist.broadcast_object_list(found)
+        if found[0] is None:
+            return None
+        checkpoint = open_checkpoint(found[0])
+        check_resumable(checkpoint.config, self.config, str(checkpoint.path))
+        return checkpoint
+
+    def _describe(self, dataset: Dataset, checkpoint: Checkpoint | None) -> None:
+        config, engine = self.config, self.engine
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters())
+        kernel = engine.engine.module.gpt.blocks[0].attention.name
+        LOG.info("run %s: %s parameters (vocabulary padding included)", config.run.dir, f"{parameters:,}")
+        LOG.info(
+            "%d ranks on %s, ZeRO %d, %s, attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
+            self.topology.data_parallel_size,
+            self.topology.device_type,
+            config.parallel.zero_stage,
+            config.train.precision,
+            kernel,
+            config.train.micro_batch_size,
+            engine.accumulation_steps,
+            self.topology.data_parallel_size,
+            config.data.sequence_length,
+            config.data.num_meta_tokens,
+        )
+        epochs = config.train.num_steps * config.train.global_batch_size / len(dataset)
+        LOG.info("%s tokens of text; the run is %.2f epochs", f"{dataset.samples.corpus.num_tokens:,}", epochs)
+        if checkpoint:
+            LOG.info("going on from %s", checkpoint.path)
+
+    def _open_records(self) -> None:
+        self.metrics: MetricsFile | None = None
+        self.tensorboard: TensorBoard | None = None
+        self.display: StepDisplay | None = None
+        if not self.topology.is_main:
+            return
+        config = self.config
+        write_text_atomically(self.directory / "config.yaml", config.to_yaml())
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step)
+        if config.log.tensorboard:
+            self.tensorboard = TensorBoard(self.directory / "tensorboard", self.state.step)
+
+    # --- run --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to train.num_steps; returns an exit code of ``megameta.errors``."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request_stop)
+        try:
+            if self.state.step >= self.config.train.num_steps:
+                LOG.info("the run is complete at step %d; raise train.num_steps to go on", self.state.step)
+                return EXIT_OK
+            return self._train()
+        finally:
+            self._close()
+
+    def _request_stop(self, number: int, _frame: object) -> None:
+        self._stop_requested = True
+
+    def _train(self) -> int:
+        config, topology = self.config, self.topology
+        peak = config.train.peak_tflops
+        peak_flops = peak * 1e12 if peak else measure_peak_flops(topology.device, config.train.precision)
+        self._flops_rate = step_flops(config) / (peak_flops * topology.world_size)
+        self._durations: deque[float] = deque(maxlen=50)
+        if topology.is_main:
+            self.display = StepDisplay("training", config.train.num_steps, self.state.step, config.log.interval)
+        while self.state.step < config.train.num_steps:
+            self._step()
+            step, last = self.state.step, self.state.step == config.train.num_steps
+            if self.evaluator.sets and (last or step % config.eval.interval == 0):
+                self._evaluate()
+            stopping = self.engine.any_rank(self._stop_requested)
+            if last or stopping or step % config.checkpoint.interval == 0:
+                self._save()
+            if stopping and not last:
+                LOG.info("stopped by a signal after step %d; saved; start it again to go on", step)
+                return EXIT_INTERRUPTED
+        LOG.info("done: %d steps, checkpoint %s", self.state.step, self.checkpoints / step_name(self.state.step))
+        LOG.info("next: python tools/convert_checkpoint.py to-hf %s --output DIR", config.run.dir)
+        return EXIT_OK
+
+    def _step(self) -> None:
+        config, state = self.config, self.state
+        start = time.perf_counter()
+        batch_number = next_batch_number(state.next_batch, config.data.skip)
+        following = next_batch_number(batch_number + 1, config.data.skip)
+        step = state.step + 1
+        lr = learning_rate(step, config.train.num_steps, config.optimizer)
+        try:
+            result = self.engine.train_step(self.loader.read(batch_number, following), lr)
+        except UserError as error:
+            raise UserError(
+                f"step {step}, batch {batch_number}: {error}. Nothing was updated; the last checkpoint is that of step"
+                f" {self._saved_step()}. Look at the samples, or pass over them with data.skip=[[{batch_number},"
+                f" {following}]]"
+            ) from error
+        slots = config.train.global_batch_size * config.data.sequence_length
+        self.state = replace(
+            state,
+            step=step,
+            next_batch=following,
+            tokens=state.tokens + slots,
+            targets=state.targets + result.num_targets,
+            optimizer_step=state.optimizer_step + int(result.applied),
+        )
+        seconds = time.perf_counter() - start
+        self._durations.append(seconds)
+        record = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.state.tokens,
+            "targets": result.num_targets,
+            "tokens_per_second": slots / seconds,
+            "mfu": self._flops_rate / seconds,
+            "batch": batch_number,
+        }
+        if not result.applied:
+            record["skipped"] = True
+        self._record_step(record, slots)
+
+    def _record_step(self, record: dict[str, Any], slots: int) -> None:
+        step, num_steps = record["step"], self.config.train.num_steps
+        if self.metrics:
+            self.metrics.write(record)
+        if self.tensorboard and (step % self.config.log.interval == 0 or step == num_steps):
+            series = {f"train/{k}": v for k, v in record.items() if k not in ("step", "batch", "skipped")}
+            self.tensorboard.write(step, series)
+        if self.display:
+            typical = statistics.median(self._durations)
+            self.display.step(step, record["loss"], record["lr"], slots / typical, typical * (num_steps - step))
+
+    def _evaluate(self) -> None:
+        start = time.perf_counter()
+        results = self.evaluator.run(self.engine)
+        step = self.state.step
+        values = {
+            f"{name}/{measure}": value
+            for name, result in results.items()
+            for measure, value in vars(result).items()
+            if value is not None
+        }
+        if self.metrics:
+            self.metrics.write({"step": step, "eval": {name: vars(result) for name, result in results.items()}})
+        if self.tensorboard:
+            self.tensorboard.write(step, {f"eval/{name}": value for name, value in values.items()})
+        for name, result in results.items():
+            bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+            LOG.info(
+                "step %d · %s: loss %.4f, perplexity %.2f%s (%s targets)",
+                *(step, name, result.loss, result.perplexity, bits, f"{result.targets:,}"),
+            )
+        LOG.info("evaluation took %s", duration(time.perf_counter() - start))
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def _saved_step(self) -> int:
+        found = latest_checkpoint(self.directory)
+        return int(found.name.rpartition("_")[2]) if found else 0
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0; ``latest`` moves when it is whole, and older ones go after that."""
+        state = replace(
+            self.state, optimizer_step=self.engine.optimizer_step, loss_scale=self.engine.loss_scale_state()
+        )
+        weights, moments = self.engine.gather_state()
+        failure: list[str | None] = [None]
+        if self.topology.is_main:
+            path = self.checkpoints / step_name(state.step)
+            try:
+                write_checkpoint(path, self.config, weights, moments, state)
+                point_latest(path)
+                prune(self.checkpoints, self.config.checkpoint.keep)
+            except OSError as error:
+                failure = [f"cannot save {path}: {error}; free space or mend the disk, then start the run again"]
+        dist.broadcast_object_list(failure)
+        if failure[0]:
+            raise UserError(failure[0])
+
+    def _close(self) -> None:
+        self.loader.close()
+        for record in (self.display, self.tensorboard, self.metrics):
+            if record is not None:
+                record.close()
+        close_log()
+        if self._lock is not None:
+            self._lock.close()

@@ -1,0 +1,102 @@
+"""What a run records: RUN/metrics.jsonl, TensorBoard, throughput and utilisation."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megameta.checkpoint.store import write_text_atomically
+from megameta.config import RunConfig
+from megameta.errors import UserError
+from megameta.model.flops import forward_flops
+
+
+class MetricsFile:
+    """One JSON line a step, and one an evaluation (with "eval" in place of "loss").
+
+    Opening cuts the file back to the step that the run goes on from, so that no step stands in it twice.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if path.exists() else []
+        write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record, on disk before this returns to the caller's next step."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Sync and close."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: another line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+    return records
+
+
+class TensorBoard:
+    """RUN/tensorboard; points of steps after the resumed one are purged."""
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One point a series."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def step_flops(config: RunConfig) -> float:
+    """Model flops of an optimiser step, forward and backward, without recomputation."""
+    data = config.data
+    return 3 * config.train.global_batch_size * forward_flops(config.model, data.sequence_length, data.num_meta_tokens)
+
+
+def measure_peak_flops(device: str, precision: str, seconds: float = 0.3) -> float:
+    """The matrix-product rate of this process's device in flop/s: the best of repeated square products.
+
+    Utilisation is stated against this rather than a data sheet, so that it means something on a CPU too.
+    """
+    size = 8192 if device.startswith("cuda") else 768
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    for repeat in range(1000):
+        start = time.perf_counter()
+        a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if repeat > 1:  # the first ones warm up
+            best = max(best, 2 * size**3 / (now - start))
+        if now > end and repeat > 4:
+            break
+    return best

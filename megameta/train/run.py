@@ -1,0 +1,45 @@
+"""``megameta train`` on one rank: from a configuration file to an exit code."""
+
+import os
+import sys
+
+import torch.distributed as dist
+
+from megameta.errors import EXIT_FAILURE, UserError
+from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+from megameta.train.loop import Trainer
+from megameta.train.setup import load_run_config
+from megameta.validate import validate
+
+
+def train(path: str | os.PathLike[str], overrides: list[str]) -> int:
+    """Run the training of a configuration on this rank.
+
+    What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
+    of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
+    """
+    try:
+        config = load_run_config(path, overrides)
+        device = pick_device(config.run.device)
+        parallel = config.parallel
+        topology = make_topology(device, model_ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+        validate(config, world_size=topology.world_size, device=device)
+        initialize_process_group(topology)
+        code = Trainer(config, topology).run()
+        dist.destroy_process_group()
+        return code
+    except UserError as error:
+        if _may_speak():
+            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAILURE)  # a normal exit could wait for ranks that are gone
+
+
+def _may_speak() -> bool:
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("megameta/error", 1) == 1
+    except RuntimeError:  # the store went with its rank, which has spoken
+        return False
