@@ -65,7 +65,7 @@ def _how_to_load(stock: bool, has_tokenizer: bool) -> str:
     lines.append(f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})')
     if has_tokenizer:
         lines += [
-            'tokenizer = AutoTokenizer.from_pretrained("PATH", padding_side="left")',
+            f'tokenizer = AutoTokenizer.from_pretrained("PATH"{remote}, padding_side="left")',
             'batch = tokenizer(["Once upon a time"], return_tensors="pt")',
             "print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=20)))",
         ]

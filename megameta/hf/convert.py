@@ -86,7 +86,7 @@ def next_step(output: Path) -> str:
     if has_tokenizer:
         code = (
             f"from transformers import AutoModelForCausalLM, AutoTokenizer; p = {path!r};"
-            " t = AutoTokenizer.from_pretrained(p);"
+            f" t = AutoTokenizer.from_pretrained(p{remote});"
             f" m = {model}; o = m.generate(**t('The', return_tensors='pt'), max_new_tokens=20); print(t.decode(o[0]))"
         )
     else:

@@ -51,7 +51,7 @@ def import_from_hf(directory: str | Path) -> ImportedModel:
 
 
 def _from_megameta(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    from megameta.hf.modeling import MegametaConfig
+    from megameta.hf.configuration import MegametaConfig
 
     config = MegametaConfig(**values).to_model_config()
     result = {from_hf_name(name): tensor for name, tensor in tensors.items()}

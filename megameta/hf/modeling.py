@@ -19,9 +19,8 @@ from transformers.utils import can_return_tuple
 
 from megameta.hf.cache import as_megameta_cache
 from megameta.hf.configuration import MegametaConfig
-from megameta.model.attention import Attention
 from megameta.model.context import make_context
-from megameta.model.gpt import MLP, Block, Embedding, make_norm
+from megameta.model.gpt import Block, Embedding, make_norm
 from megameta.model.loss import IGNORE_INDEX, cross_entropy_sum
 
 
@@ -40,14 +39,9 @@ class MegametaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2 initialisation, as in training (spec §2), though drawn from torch's global generator."""
         super()._init_weights(module)
-        residual = None
-        if isinstance(module, Attention):
-            residual = module.o_proj
-        elif isinstance(module, MLP):
-            residual = module.down_proj
-        if residual is not None:
-            adds = self.config.num_hidden_layers * (3 if self.config.meta_attention else 2)
-            hf_init.normal_(residual.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(adds))
+        std = getattr(module, "initial_std", None)
+        if std is not None and isinstance(module, nn.Linear):
+            hf_init.normal_(module.weight, mean=0.0, std=std)
 
 
 class MegametaModel(MegametaPreTrainedModel):
@@ -60,6 +54,11 @@ class MegametaModel(MegametaPreTrainedModel):
         self.embedding = Embedding(self.model_config, vocab_multiple=1)
         self.blocks = nn.ModuleList(Block(self.model_config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(self.model_config)
+        # Marked one by one: in remote code transformers does not visit modules that have no parameters of their own.
+        adds = config.num_hidden_layers * (3 if config.meta_attention else 2)
+        for name, module in self.blocks.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                module.initial_std = config.initializer_range / math.sqrt(adds)  # type: ignore[assignment]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -67,9 +66,9 @@ class MegametaModel(MegametaPreTrainedModel):
         """The token embedding."""
         return self.embedding.tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.embedding.tokens = value
+        self.embedding.tokens = value  # type: ignore[assignment]  # PEFT passes wrappers
 
     @can_return_tuple
     def forward(
@@ -167,7 +166,7 @@ class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
         """The token embedding."""
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
         self.model.set_input_embeddings(value)
 
