@@ -68,7 +68,6 @@ def main() -> None:
         f"round trip: {checked['exact']:,} of {checked['documents']:,} documents exact, "
         f"{checked['bytes'] / max(1, checked['tokens']):.3f} bytes of text per token"
     )
-    inputs = " ".join(args.input)
     command = f"python tools/preprocess_data.py --input {' '.join(args.input)} --output-prefix PREFIX"
     print(f"Next:\n  {command} --tokenizer {args.output} --append-eod")
 

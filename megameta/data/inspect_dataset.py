@@ -44,12 +44,13 @@ def describe(dataset: IndexedDataset) -> list[str]:
 
 
 def first_documents(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """The beginnings of the first ``count`` documents, decoded where there is a tokenizer."""
+    """The beginnings of the first ``count`` documents, decoded where there is a tokenizer that has the ids."""
     for index in range(min(count, dataset.num_documents)):
         length = int(dataset.document_lengths[index])
         ids = dataset.tokens(int(dataset.document_starts[index]), min(length, _SHOWN_TOKENS))
         more = " …" if length > _SHOWN_TOKENS else ""
-        shown = " ".join(map(str, ids)) if tokenizer is None else repr(tokenizer.decode(ids))
+        known = tokenizer is not None and bool(((ids >= 0) & (ids < tokenizer.vocab_size)).all())
+        shown = repr(tokenizer.decode(ids)) if tokenizer is not None and known else " ".join(map(str, ids))
         yield f"document {index} ({length:,} tokens): {shown}{more}"
 
 

@@ -8,30 +8,23 @@ The bytes are those of Megatron-LM's tools/preprocess_data.py for the same text 
 on purpose: names of special tokens inside a text stay text, and blank lines are skipped.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from megameta.data import tokenizer as tokenizers
 from megameta.data.indexed import IndexedDatasetWriter, dataset_exists, token_dtype
 from megameta.data.readers import BadDocument, Block, document_texts, expand_inputs, parse_block, read_blocks
+from megameta.data.worker_pool import WorkerPool
 from megameta.errors import UserError
 
 #: Bad documents that the summary names one by one; the rest are counted.
 NAMED_BAD_DOCUMENTS = 20
-_BLOCKS_PER_WORKER = 3
 
 
 @dataclass(frozen=True)
@@ -207,53 +200,13 @@ def _note_bad(bad: Iterable[BadDocument], counts: Counts, on_error: str) -> None
 def _encoded_blocks(
     blocks: Iterator[Block], encoder: BlockEncoder, options: PreprocessOptions
 ) -> Generator[EncodedBlock, None, None]:
-    """Encode blocks in order, in this process for one worker, else in a pool with bounded work under way."""
-    if options.workers <= 1:
+    """Encode blocks in order: in this process for one worker, else in as many processes of their own."""
+    if options.workers == 1:
         yield from map(encoder.encode, blocks)
-        return
-    others = set(multiprocessing.active_children())
-    # Fresh processes ("spawn"): forking one that runs threads of tokenizers or rich can hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.workers, context, _start_worker, (options,))
-    waiting: deque[Future[EncodedBlock]] = deque()
-    try:
-        for block in blocks:
-            waiting.append(pool.submit(_encode_in_worker, block))
-            if len(waiting) >= _BLOCKS_PER_WORKER * options.workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died (killed, or out of memory): try fewer --workers; nothing is written"
-        ) from error
-    finally:  # after an error, or when the reader of this generator gave up
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
+    else:
+        with closing(WorkerPool(options.workers, _start_worker, options).map(blocks)) as results:
+            yield from results
 
 
-_worker_encoder: BlockEncoder | None = None
-
-
-def _start_worker(options: PreprocessOptions) -> None:
-    global _worker_encoder
-    # The processes are the parallelism; threads of the libraries on top of them only get in each other's way.
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_encoder = BlockEncoder(options)
-
-
-def _exit_with_parent() -> None:
-    """A worker waits for its next block for ever; were the main process killed, it would stay behind."""
-    parent: Any = multiprocessing.parent_process()
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(block: Block) -> EncodedBlock:
-    if _worker_encoder is None:
-        raise RuntimeError("the worker was not started with _start_worker")
-    return _worker_encoder.encode(block)
+def _start_worker(options: PreprocessOptions) -> Callable[[Block], EncodedBlock]:
+    return BlockEncoder(options).encode
