@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,18 @@ def hf_to_checkpoint(directory: str | Path, output_dir: str | Path) -> Path:
 def next_step(output: Path) -> str:
     """A shell command that opens the export and generates from it."""
     values = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    path = str(output)
     remote = ", trust_remote_code=True" if "auto_map" in values else ""
-    has_tokenizer = (output / "tokenizer_config.json").is_file()
+    path = json.dumps(str(output), ensure_ascii=False)
     model = f"AutoModelForCausalLM.from_pretrained(p{remote})"
-    if has_tokenizer:
+    if (output / "tokenizer_config.json").is_file():
         code = (
-            f"from transformers import AutoModelForCausalLM, AutoTokenizer; p = {path!r};"
-            f" t = AutoTokenizer.from_pretrained(p{remote});"
-            f" m = {model}; o = m.generate(**t('The', return_tensors='pt'), max_new_tokens=20); print(t.decode(o[0]))"
+            f"from transformers import AutoModelForCausalLM, AutoTokenizer; p = {path}; m = {model};"
+            f' t = AutoTokenizer.from_pretrained(p{remote}); b = t("The", return_tensors="pt");'
+            " print(t.decode(m.generate(**b, max_new_tokens=20)[0]))"
         )
     else:
-        code = f"from transformers import AutoModelForCausalLM; p = {path!r}; print({model})"
-    return f'python -c "{code}"'
+        code = f"from transformers import AutoModelForCausalLM; p = {path}; print({model})"
+    return f"python -c {shlex.quote(code)}"
 
 
 def card_from_run(run_config: Any, source: Path) -> dict[str, Any]:
