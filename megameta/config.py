@@ -3,6 +3,7 @@
 A YAML file says only what differs from the defaults below; ``base: other.yaml`` starts from another file.
 """
 
+import copy
 import difflib
 import json
 import os
@@ -216,8 +217,13 @@ def load_raw(path: str | os.PathLike[str], overrides: list[str] | None = None) -
     Raises:
         UserError: unreadable file, bad YAML (with its line), a key given twice, a malformed override.
     """
-    raw = _read_with_bases(Path(path), ())
-    for override in overrides or []:
+    return apply_overrides(_read_with_bases(Path(path), ()), overrides or [])
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Plain values with each ``a.b=c`` put in its place; the values are YAML."""
+    raw = copy.deepcopy(raw)
+    for override in overrides:
         _apply_override(raw, override)
     return raw
 

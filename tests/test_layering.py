@@ -17,7 +17,7 @@ PACKAGE = "megameta"
 
 #: From top to bottom. Names joined by "+" count as one part.
 LAYERS: list[list[str]] = [
-    ["tools", "cli+__main__"],
+    ["tools", "cli+commands+__main__"],
     ["tasks", "analysis"],
     ["train", "hf"],
     ["checkpoint", "parallel", "data"],

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megameta.data.dataset import IGNORE_INDEX, Dataset, Sample
-from megameta.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,23 @@ class StepLoader:
     them from n · G + (a · data_parallel_size + r) · micro on. So the samples of a step do not depend on the layout.
     """
 
-    def __init__(self, dataset: Dataset, topology: Topology, *, micro_batch_size: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_size: int = 1,
+        data_parallel_rank: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
         self.dataset = dataset
-        self.topology = topology
+        self.data_parallel_size = data_parallel_size
+        self.data_parallel_rank = data_parallel_rank
+        self.pin_memory = pin_memory
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
-        self.accumulation_steps = global_batch_size // (micro_batch_size * topology.data_parallel_size)
+        self.accumulation_steps = global_batch_size // (micro_batch_size * data_parallel_size)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -96,13 +106,13 @@ class StepLoader:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, number: int) -> list[Batch]:
-        micro, ranks = self.micro_batch_size, self.topology.data_parallel_size
+        micro, ranks = self.micro_batch_size, self.data_parallel_size
         batches = []
         for step in range(self.accumulation_steps):
-            first = number * self.global_batch_size + (step * ranks + self.topology.data_parallel_rank) * micro
+            first = number * self.global_batch_size + (step * ranks + self.data_parallel_rank) * micro
             samples = [self.dataset[index] for index in range(first, first + micro)]
             batch = collate(samples, self.dataset.form.num_meta_tokens)
-            batches.append(_pin(batch) if self.topology.device_type == "cuda" else batch)
+            batches.append(_pin(batch) if self.pin_memory else batch)
         return batches
 
 

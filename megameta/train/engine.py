@@ -13,32 +13,15 @@ from torch import Tensor, nn
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
 from megameta.errors import UserError
-from megameta.model import GPT, cross_entropy_sum
+from megameta.model import GPT
 from megameta.model.init import is_vocabulary_table
 from megameta.parallel.topology import Topology
 from megameta.train.deepspeed_config import deepspeed_config
+from megameta.train.losses import LossModule, sum_losses
 from megameta.train.optimizer import make_optimizer
 
 #: AdamW's state that has the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class LossModule(nn.Module):
-    """The model and its loss in one forward pass, as DeepSpeed wants it."""
-
-    def __init__(self, gpt: GPT) -> None:
-        super().__init__()
-        self.gpt = gpt
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the batch's cross-entropies in nats: a scalar."""
-        logits_BTV = self.gpt(
-            batch.token_BT,
-            position_BT=batch.position_BT,
-            document_BT=batch.document_BT,
-            num_meta_columns=batch.num_meta_columns,
-        )
-        return cross_entropy_sum(logits_BTV, batch.label_BT)
 
 
 @dataclass(frozen=True)
@@ -151,22 +134,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None) -> tuple[float, int, int]:
-        """(sum of losses in nats, targets, bytes of the targets) over all ranks. Every rank passes as many batches.
-
-        Args:
-            byte_counts: (V,) bytes that each token stands for; without it bytes are 0.
-        """
+        """(sum of losses in nats, targets, bytes of the targets) over all ranks. Every rank passes as many batches."""
         self.engine.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        targets = target_bytes = 0
-        for batch in batches:
-            total += self.engine(batch.to(self.topology.device)).double()
-            labels = batch.label_BT[batch.label_BT >= 0]
-            targets += labels.numel()
-            target_bytes += int(byte_counts[labels].sum()) if byte_counts is not None else 0
-        loss_sum = sum(self._gather(total))
-        counts = self._sum([targets, target_bytes])
-        return loss_sum, int(counts[0]), int(counts[1])
+        total, targets, num_bytes = sum_losses(self.engine, batches, byte_counts, self.topology.device)
+        counts = self._sum([targets, num_bytes])
+        return sum(self._gather(total)), counts[0], counts[1]
 
     # --- agreement between ranks ------------------------------------------------------------------------------------
 

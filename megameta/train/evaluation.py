@@ -62,12 +62,11 @@ class Evaluator:
 
     def run(self, engine: Engine) -> dict[str, EvalResult]:
         """Results by set name; "NAME/no-meta" is the same text without meta-tokens. Collective."""
-        return {
-            name: EvalResult.of(*engine.evaluate(self._batches(dataset), self.byte_counts))
-            for name, dataset in self.sets.items()
-        }
+        return {name: EvalResult.of(*engine.evaluate(self.batches(name), self.byte_counts)) for name in self.sets}
 
-    def _batches(self, dataset: Dataset) -> Iterator[Batch]:
+    def batches(self, name: str) -> Iterator[Batch]:
+        """This rank's batches of a set."""
+        dataset = self.sets[name]
         micro, ranks = self.config.train.micro_batch_size, self.topology.data_parallel_size
         wanted = min(self.config.eval.num_samples or len(dataset), len(dataset))
         chosen = [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)]

@@ -52,7 +52,9 @@ class Trainer:
         self.evaluator = Evaluator(config, topology)
         self.loader = StepLoader(
             dataset,
-            topology,
+            data_parallel_size=topology.data_parallel_size,
+            data_parallel_rank=topology.data_parallel_rank,
+            pin_memory=topology.device_type == "cuda",
             micro_batch_size=config.train.micro_batch_size,
             global_batch_size=config.train.global_batch_size,
         )
