@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from megameta.hf.cache import MegametaCache
 from megameta.hf.configuration import MegametaConfig
+from megameta.model.cache import NOWHERE
 
 POSITIONS = ["rope", "ape", "none", "rnope"]
 
@@ -53,6 +54,17 @@ def test_padding_on_either_side_changes_nothing(position: str, zero_meta_positio
             assert_close(outputs[0][i, -len(row) :], expected, 1e-5, "left")
             assert_close(outputs[1][i, : len(row)], expected, 1e-5, "right")
             assert_close(unmasked[i, : len(row)], expected, 1e-5, "right, without a mask")
+
+
+def test_padding_is_never_a_meta_token() -> None:
+    config, _, wrapper = make_pair()
+    ids, mask = padded_batch(config)
+    assert ((ids == config.meta_token_id) & (mask == 0)).any()
+    with torch.inference_mode():
+        cache = wrapper(ids, attention_mask=mask).past_key_values
+    count = (cache.decoding.meta_order_BM != NOWHERE).sum(dim=1)
+    assert count.tolist() == [0, 1, 3, 5]
+    assert cache.decoding.meta_order_BM.shape[1] == 5  # nor does it cost a column
 
 
 def chunks_through_cache(wrapper, ids: Tensor, mask: Tensor | None, sizes: list[int], cache=None) -> Tensor:
