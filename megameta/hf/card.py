@@ -79,8 +79,8 @@ def _how_to_load(stock: bool, has_tokenizer: bool) -> str:
 def _limits(config: ModelConfig, stock: bool) -> str:
     lines = [
         f"- Trained on sequences of up to {config.max_position_embeddings} tokens.",
-        f"- The meta-token has id {config.meta_token_id} (`<|meta|>`): put it into prompts where it helps; it is"
-        " suppressed in generation.",
+        f"- The meta-token (`<|meta|>`) has id {config.meta_token_id}; it is suppressed in generation."
+        + (" Put it into prompts where the model was trained to see it." if config.meta_attention else ""),
         "- No claim is made about the truth or harmlessness of what it generates.",
     ]
     if not stock:

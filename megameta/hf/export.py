@@ -63,10 +63,10 @@ def export_to_hf(
     """
     output = Path(output_dir)
     _check_output(output, overwrite)
+    # Which kernel trained the model says nothing about this machine, nor about the one that will load it.
+    config = dataclasses.replace(config, attention_backend="auto")
     check_tensors(config, tensors, "the model to export")
     _check_tokenizer(config, tokenizer)
-    # Which kernel trained the model says nothing about the machine that will load it.
-    config = dataclasses.replace(config, attention_backend="auto")
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
     with _appears_whole(output, overwrite) as directory:
         pad_id = _write_tokenizer(config, tokenizer, directory)

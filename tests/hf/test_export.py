@@ -1,5 +1,6 @@
 """Exports: opened where megameta cannot be imported, verified, whole or not there, and read back."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -121,6 +122,15 @@ def test_round_trip_is_bitwise(case: dict, tmp_path: Path) -> None:
     assert imported.config == config and imported.tokenizer_dir is None
     assert imported.tensors.keys() == tensors.keys()
     assert all(torch.equal(imported.tensors[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["megameta", "gpt2"])
+def test_a_model_trained_with_flash_attn_is_exported_anywhere(baseline: dict, tmp_path: Path) -> None:
+    config = small_config(**baseline)
+    tensors = tensors_of(small_model(config, torch.float32, vocab_multiple=1))
+    trained = dataclasses.replace(config, attention_backend="flash")
+    export_to_hf(trained, tensors, tmp_path / "export")
+    assert import_from_hf(tmp_path / "export").config == dataclasses.replace(config, attention_backend="auto")
 
 
 @pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["megameta", "gpt2"])
