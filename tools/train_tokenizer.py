@@ -19,7 +19,7 @@ class Progress:
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._step = 1 if self._live else 100
-        self._next = 0.0
+        self._next = 0.0 if self._live else float(self._step)
 
     def __call__(self, documents: int, size: int) -> None:
         if size / MB >= self._next:
