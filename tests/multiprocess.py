@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 #: Seconds that the other ranks get to report once one has failed; they often wait for the one that is gone.
 GRACE_SECONDS = 5.0
-_FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+_FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class RankError(AssertionError):
@@ -68,7 +69,7 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float, tim
         for pipe in wait(list(waiting), timeout=min(0.5, max(0.0, deadline - time.monotonic()))):
             rank = waiting.pop(pipe)
             try:
-                succeeded, value = pipe.recv()
+                succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(timeout=2.0)
                 succeeded, value = False, f"ended with code {processes[rank].exitcode} and no result"
@@ -96,15 +97,20 @@ def _rank(pipe: Connection, function: Callable[..., Any], args: tuple, rank: int
         torch.set_num_threads(1)
         topology = Topology(world_size, rank, rank, "cpu", world_size, rank)
         initialize_process_group(topology)
-        pipe.send((True, function(topology, *args)))
+        _send(pipe, True, function(topology, *args))
         dist.barrier()  # rank 0 holds the store that the others may still need
     except BaseException:
         with contextlib.suppress(OSError):
-            pipe.send((False, traceback.format_exc()))
+            _send(pipe, False, traceback.format_exc())
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a normal exit can wait for peers that are gone
+
+
+def _send(pipe: Connection, succeeded: bool, value: Any) -> None:
+    # Pickled plainly: Connection.send would pass tensors as shared memory that goes with its process.
+    pipe.send_bytes(pickle.dumps((succeeded, value)))
 
 
 @contextlib.contextmanager
