@@ -287,6 +287,31 @@ def test_an_interrupted_run_ends_its_processes_and_leaves_nothing(folder, tmp_pa
     assert how == "kill" or left == ["a.jsonl"], left
 
 
+IDLE_POOL = """
+import multiprocessing, operator, time
+from megameta.data.worker_pool import WorkerPool
+if __name__ == "__main__":
+    results = WorkerPool(2, operator.itemgetter, 0).map([["ready"]] * 2)
+    print(next(results), flush=True)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+def test_idle_workers_end_with_a_killed_main_process():
+    run = subprocess.Popen([sys.executable, "-c", IDLE_POOL], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2 and all(map(alive, workers))
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
 def test_inspect_shows_and_verifies(folder, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", ["the cat", "", "the dog sat"])
     preprocess(options(folder, file, tmp_path / "o", append_eod=True))

@@ -62,6 +62,8 @@ def test_small_blocks_lose_nothing(tmp_path_factory, texts):
     readers.BLOCK_BYTES = 64
     try:
         assert texts_of(file) == texts
+        lines = [int(location.rsplit(":")[-1]) for location, _ in read_documents([str(file)])]
+        assert lines == list(range(1, len(texts) + 1))
     finally:
         readers.BLOCK_BYTES = original
 
