@@ -34,6 +34,12 @@ class EvalResult:
         return cls(loss, math.exp(min(loss, 700.0)), bits, targets)
 
 
+def evaluated_samples(config: RunConfig, dataset: Dataset) -> list[int]:
+    """Which samples of a held-out set are evaluated: eval.num_samples of them, evenly spread."""
+    wanted = min(config.eval.num_samples or len(dataset), len(dataset))
+    return [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)]
+
+
 class Evaluator:
     """Evaluates an engine on the configured sets.
 
@@ -68,8 +74,8 @@ class Evaluator:
         """This rank's batches of a set."""
         dataset = self.sets[name]
         micro, ranks = self.config.train.micro_batch_size, self.topology.data_parallel_size
-        wanted = min(self.config.eval.num_samples or len(dataset), len(dataset))
-        chosen = [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)]
+        chosen = evaluated_samples(self.config, dataset)
+        wanted = len(chosen)
         padded = -(-wanted // (micro * ranks)) * micro * ranks
         for first in range(self.topology.data_parallel_rank * micro, padded, micro * ranks):
             # Every rank must run as many passes (ZeRO 3 gathers in each): past the end, samples without targets.

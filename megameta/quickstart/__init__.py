@@ -1,0 +1,1 @@
+"""What ``make quickstart`` runs: the whole line, small, on text that every Python carries."""
