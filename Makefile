@@ -1,0 +1,59 @@
+# Every target does its own set-up: it needs Python 3.11 or 3.12, git, make and a compiler, and makes .venv itself.
+# PYTHON=/path/to/python chooses the interpreter; CONSTRAINTS= installs the newest versions in place of the tested ones.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+CONSTRAINTS ?= constraints.txt
+# Quiet but for errors. Files are compiled when they are first imported; compiling all of them takes a minute more.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile \
+	$(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# Options of tools/quickstart.py and pytest, as in: make quickstart ARGS=--fresh, make test ARGS="-m 'not slow'"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check bench clean
+
+help:
+	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
+	@echo "make test        run the tests (15 minutes)"
+	@echo "make check       ruff, its formatter, mypy"
+	@echo "make bench       time of a training step with meta-attention over one without"
+	@echo "make clean       remove .venv, caches and quickstart/"
+	@echo "Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter, ARGS=... adds options to the command."
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/python tools/quickstart.py $(ARGS)
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	@$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info quickstart
+
+# DeepSpeed is built from source and looks at torch and setuptools while it is: they come first, and builds use them.
+$(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS)
+	@python=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3); do \
+		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+		then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "error: Python 3.11 or 3.12 is needed; $(or $(PYTHON),python3.11, python3.12 and python3) is missing or" \
+			"another version. Say which one with make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
+		echo "error: $$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "installing into $(VENV) (2 to 4 minutes; again only when setup.py or constraints.txt change)"; \
+	$$python -m venv $(VENV)
+	@echo "  torch"; $(PIP) torch setuptools wheel numpy
+	@echo "  deepspeed, transformers and the rest"; $(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
