@@ -3,12 +3,12 @@
 import os
 import time
 
-import multiprocess
+import ranks
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from multiprocess import RankError, run_ranks
+from ranks import RankError, run_ranks
 
 
 def _sum_of_ranks(topology, offset):
@@ -49,7 +49,7 @@ def test_results_come_back_by_rank():
 
 
 def test_an_exception_names_its_rank_and_a_death_its_code(monkeypatch):
-    monkeypatch.setattr(multiprocess, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 1.0)
     with pytest.raises(RankError, match="the reason") as caught:
         run_ranks(_fail_on_one, 2, 1)
     assert "ValueError: the reason" in caught.value.failures[1]
