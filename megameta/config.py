@@ -7,7 +7,8 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,14 @@ from megameta.model.config import ModelConfig
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _number_is_not_yes(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true or false (yes and no in YAML) where another kind of value belongs")
+        return value
 
 
 class RunSection(Section):
@@ -195,7 +203,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Every value, in the order of the sections."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -204,11 +212,26 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a plain word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _StrictLoader would take for a number."""
+
+
+for _yaml in (_StrictLoader, _Dumper):
+    # YAML 1.1 takes 6e-4 for text, as there is no point in it; 1.2, JSON and people take it for a number.
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def load_raw(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:
@@ -235,6 +258,8 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8, so not a configuration (byte {error.start})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if raw is None:
@@ -242,6 +267,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a configuration is a mapping of sections, not {type(raw).__name__}")
     base = raw.pop("base", None)
+    raw = {section: {} if value is None else value for section, value in raw.items()}  # all its keys commented out
     if base is not None:
         raw = _merge(_read_with_bases(path.parent / str(base), (*chain, path.resolve())), raw)
     return raw
@@ -272,8 +298,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def build_config(raw: dict[str, Any], source: str = "configuration", lines: dict[str, int] | None = None) -> RunConfig:
-    """Typed configuration from plain values. ``lines`` says where keys stand in the file, for messages.
+def build_config(raw: dict[str, Any], source: str = "configuration", places: dict[str, str] | None = None) -> RunConfig:
+    """Typed configuration from plain values. ``places`` says where keys were given, for messages.
 
     Raises:
         UserError: every unknown key (with the nearest known one) and every bad value, by key.
@@ -281,35 +307,42 @@ def build_config(raw: dict[str, Any], source: str = "configuration", lines: dict
     try:
         return RunConfig.model_validate(raw)
     except pydantic.ValidationError as error:
-        problems = [_explain(problem, lines or {}) for problem in error.errors()]
+        problems = [_explain(problem, places or {}) for problem in error.errors()]
         raise UserError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from error
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
     """``build_config(load_raw(path, overrides))``."""
-    return build_config(load_raw(path, overrides), str(path), key_lines(path))
+    return build_config(load_raw(path, overrides), str(path), key_places(path, overrides or []))
 
 
-def key_lines(path: str | os.PathLike[str]) -> dict[str, int]:
-    """The line, from 1, on which each key of a YAML file stands, by section.key."""
-    root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
-    found: dict[str, int] = {}
+def key_places(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each section.key was given: a line, from 1, of the file or of one that it is based on, or an override."""
+    places: dict[str, str] = {}
 
-    def visit(node: yaml.Node | None, prefix: str) -> None:
-        if isinstance(node, yaml.MappingNode):
+    def visit(node: yaml.Node | None, prefix: str, file: str) -> None:
+        if isinstance(node, yaml.MappingNode) and prefix.count(".") < 3:
             for key_node, value_node in node.value:
-                found[prefix + str(key_node.value)] = key_node.start_mark.line + 1
-                visit(value_node, f"{prefix}{key_node.value}.")
+                places[f"{prefix}{key_node.value}"] = f"{file}line {key_node.start_mark.line + 1}"
+                visit(value_node, f"{prefix}{key_node.value}.", file)
 
-    visit(root, "")
-    return found
+    def read(path: Path, file: str) -> None:
+        root = yaml.compose(path.read_text(encoding="utf-8"), _StrictLoader)
+        entries = root.value if isinstance(root, yaml.MappingNode) else []
+        for base in (value.value for key, value in entries if key.value == "base" and value.value not in ("", "null")):
+            read(path.parent / base, f"{base}, ")
+        visit(root, "", file)
+
+    read(Path(path), "")
+    return places | {override.partition("=")[0]: f"override {override}" for override in overrides}
 
 
-def _explain(problem: Any, lines: dict[str, int]) -> str:
+def _explain(problem: Any, places: dict[str, str]) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    where = f"line {lines[key]}: " if key in lines else ""
-    return where + _explain_key(problem, key)
+    # an item of a list has no place of its own
+    known = [".".join(location[:depth]) for depth in range(len(location), 0, -1)]
+    where = next((f"{places[key]}: " for key in known if key in places), "")
+    return where + _explain_key(problem, ".".join(location))
 
 
 def _explain_key(problem: Any, key: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megameta.checkpoint import load_weights
-from megameta.config import RunConfig, build_config, key_lines, load_raw
+from megameta.config import RunConfig, build_config, key_places, load_raw
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig, initialize_weights
@@ -24,15 +24,15 @@ def load_run_config(
         need_files: whether a tokenizer that is not there is an error (it is not for ``config show`` and ``check``).
     """
     raw = load_raw(path, overrides)
-    lines = key_lines(path)
-    config = build_config(raw, str(path), lines)
+    places = key_places(path, overrides or [])
+    config = build_config(raw, str(path), places)
     given = raw.get("model") or {}
     filled: dict[str, Any] = {}
     if config.data.tokenizer is not None and (need_files or os.path.exists(config.data.tokenizer)):
         filled = _vocabulary(load_tokenizer(config.data.tokenizer), given, config.data.tokenizer)
     if "max_position_embeddings" not in given:
         filled["max_position_embeddings"] = config.data.sequence_length
-    return build_config({**raw, "model": {**given, **filled}}, str(path), lines)
+    return build_config({**raw, "model": {**given, **filled}}, str(path), places)
 
 
 def _vocabulary(tokenizer: Tokenizer, given: dict[str, Any], path: str) -> dict[str, int]:
