@@ -67,8 +67,12 @@ def _steps(config: RunConfig) -> list[str]:
         )
     if optimizer.min_lr > optimizer.lr:
         found.append(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
-    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > steps:
-        found.append("optimizer.warmup_steps + optimizer.decay_steps is above train.num_steps")
+    decay = optimizer.decay_steps or max(1, steps // 10)
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
+        found.append(
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {decay} is above"
+            f" train.num_steps {steps}"
+        )
     return found
 
 

@@ -145,15 +145,19 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond ``keep``, never the one that ``latest`` names, and unfinished ones."""
+    """Remove the oldest checkpoints beyond ``keep``, never the one that ``latest`` names, and unfinished ones.
+
+    Those of steps after ``latest`` go first: the run was taken back to an earlier one (a loss spike, a damaged file),
+    and what they were part of is abandoned.
+    """
+    for path in [*directory.glob(".step_*.old"), *directory.glob(".step_*.writing")]:
+        shutil.rmtree(path)
     latest = (directory / LATEST).read_text(encoding="utf-8").strip()
-    for path in sorted(directory.glob("step_*"))[:-keep]:
+    for path in sorted(directory.glob("step_*"), key=lambda path: (path.name <= latest, path.name))[:-keep]:
         if path.name != latest:
             # renamed first, so that what is left of an interrupted removal does not look like a checkpoint
             doomed = path.rename(path.with_name(f".{path.name}.old"))
             shutil.rmtree(doomed)
-    for path in [*directory.glob(".step_*.old"), *directory.glob(".step_*.writing")]:
-        shutil.rmtree(path)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from megameta.config import DataSection
 from megameta.data.counter_random import choose, make_key
 from megameta.data.samples import SampleIndex, Text
+from megameta.errors import UserError
 
 #: Label of a slot that has no loss; torch's cross_entropy and HuggingFace use the same.
 IGNORE_INDEX = -100
@@ -36,6 +37,7 @@ class SampleFormat:
         num_meta_tokens: M, injected at random places of the T = L + M slots.
         skip_first_target: give the sample's first text token no loss, even where a leading meta-token predicts it; a
             model without meta-tokens cannot predict it, so evaluation leaves it out (spec §4, "Twin").
+        vocab_size: text with ids from here on is refused; None: not checked.
     """
 
     text_per_sample: int
@@ -45,9 +47,10 @@ class SampleFormat:
     document_mask: bool = False
     reset_positions: bool = False
     skip_first_target: bool = False
+    vocab_size: int | None = None
 
     @classmethod
-    def of(cls, data: DataSection, meta_token_id: int, seed: int) -> "SampleFormat":
+    def of(cls, data: DataSection, meta_token_id: int, seed: int, vocab_size: int | None = None) -> "SampleFormat":
         """The format that a configuration trains on."""
         return cls(
             text_per_sample=data.text_per_sample,
@@ -56,6 +59,7 @@ class SampleFormat:
             seed=seed,
             document_mask=data.document_mask,
             reset_positions=data.reset_positions,
+            vocab_size=vocab_size,
         )
 
     @property
@@ -76,6 +80,7 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
     meta-token, or, under a document mask, belongs to another document. A meta-token does predict the text token after
     it, and belongs to the document of the text before it (a leading run: to the first document).
     """
+    _check_ids(text, index, form)
     length = form.sequence_length
     is_text = np.ones(length + 1, dtype=bool)
     is_text[meta_positions(form.seed, index, length, form.num_meta_tokens)] = False
@@ -98,6 +103,20 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
             is_start[1:] = document_T[1:] != document_T[:-1]
             position_T = place - np.maximum.accumulate(np.where(is_start, place, 0))
     return Sample(index, slots[:-1], label_T, document_T, position_T)
+
+
+def _check_ids(text: Text, index: int, form: SampleFormat) -> None:
+    highest = int(text.token_L.max())
+    if form.vocab_size is not None and highest >= form.vocab_size:
+        problem = f"token {highest}, and model.vocab_size is {form.vocab_size}"
+    elif form.num_meta_tokens and (text.token_L == form.meta_token_id).any():
+        problem = f"the meta-token {form.meta_token_id}, which no text is encoded to"
+    else:
+        return
+    raise UserError(
+        f"the text of sample {index} holds {problem}: the dataset was made with another tokenizer;"
+        " set data.tokenizer to the one it was made with"
+    )
 
 
 class Dataset:

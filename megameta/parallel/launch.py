@@ -95,11 +95,7 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    ranks = []
-    for rank in range(num_processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "megameta", *arguments]
-        ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place}))
+    ranks: list[subprocess.Popen] = []
 
     def forward(number: int, _frame: object) -> None:
         for process in ranks:
@@ -108,6 +104,10 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
+        for rank in range(num_processes):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
+            command = [sys.executable, "-m", "megameta", *arguments]
+            ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place}))
         return _wait(ranks)
     finally:
         for process in ranks:

@@ -6,8 +6,9 @@ import torch
 
 from megameta.config import RunConfig
 from megameta.data.indexed import dataset_exists
-from megameta.errors import EXIT_FAILURE, EXIT_OK
+from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT
+from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.metrics import step_flops
 from megameta.train.setup import load_run_config
 from megameta.validate import data_parallel_size, problems
@@ -21,6 +22,10 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
     config = load_run_config(path, overrides, need_files=False)
     world_size, device = (gpus, "cuda") if gpus else (1, "cpu")
     found = problems(config, world_size=world_size, device=device)
+    try:
+        deepspeed_config(config, 1)
+    except UserError as error:
+        found.append(str(error))
     print("\n".join(describe(config, world_size)))
     for missing in missing_files(config):
         print(f"not there yet: {missing}")

@@ -5,6 +5,16 @@ from typing import Any
 from megameta.config import RunConfig
 from megameta.errors import UserError
 
+#: Sections of DeepSpeed's that would compete with the run's own, and the keys that stand for them here.
+ELSEWHERE = {
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+}
+
 
 def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
@@ -13,7 +23,7 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
     right at every ZeRO stage; gradients are reduced in float32, so no module is listed for low-precision communication.
 
     Raises:
-        UserError: ``deepspeed:`` sets a key to something else than what is derived.
+        UserError: ``deepspeed:`` sets a key to something else than what is derived, or a section in ``ELSEWHERE``.
     """
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
@@ -25,6 +35,8 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
     if config.train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.train.precision]
         derived["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    for key in config.deepspeed.keys() & ELSEWHERE.keys():
+        raise UserError(f"deepspeed.{key}: set {ELSEWHERE[key]} instead, from which it follows")
     return _merge(derived, config.deepspeed, "deepspeed")
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed behind one small interface: a step over micro-batches, an evaluation pass, and state by canonical name."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class StepResult:
 
 class NonFiniteLoss(UserError):
     """The loss is not finite; the optimiser has not been touched."""
+
+
+class NonFiniteGradient(UserError):
+    """The loss is finite and its gradient is not; the weights are lost, and no checkpoint may be made of them."""
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -87,6 +92,7 @@ class Engine:
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
+            NonFiniteGradient: on every rank, after it.
         """
         num_targets = int(self._sum([sum(batch.num_targets for batch in batches)])[0])
         if num_targets == 0:
@@ -109,6 +115,8 @@ class Engine:
         self.engine.step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm) and self._scaler is None:
+            raise NonFiniteGradient(f"the loss is {loss:.4f}, but the norm of its gradient is {norm}")
         return StepResult(loss, norm, num_targets, applied=bool(self.engine.was_step_applied()))
 
     def _finite_mean(self, total: Tensor, num_targets: int, batches: Sequence[Batch]) -> float:

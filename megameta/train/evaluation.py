@@ -52,7 +52,8 @@ class Evaluator:
         self.config = config
         self.topology = topology
         form = replace(
-            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed), skip_first_target=True
+            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
+            skip_first_target=True,
         )
         forms = {"": form}
         if form.num_meta_tokens and config.eval.without_injection:

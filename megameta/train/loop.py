@@ -28,7 +28,7 @@ from megameta.data.samples import Corpus, SampleIndex
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.parallel.topology import Topology
 from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
-from megameta.train.engine import Engine
+from megameta.train.engine import Engine, NonFiniteGradient
 from megameta.train.evaluation import Evaluator
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
 from megameta.train.schedule import learning_rate
@@ -47,7 +47,7 @@ class Trainer:
         checkpoint = self._find_checkpoint()
         dataset = Dataset(
             SampleIndex(Corpus(config.data.train), config.data.text_per_sample, config.run.seed),
-            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed),
+            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
         )
         self.evaluator = Evaluator(config, topology)
         self.loader = StepLoader(
@@ -185,8 +185,9 @@ class Trainer:
         try:
             result = self.engine.train_step(self.loader.read(batch_number, following), lr)
         except UserError as error:
+            untouched = "" if isinstance(error, NonFiniteGradient) else "Nothing was updated; "
             raise UserError(
-                f"step {step}, batch {batch_number}: {error}. Nothing was updated; the last checkpoint is that of step"
+                f"step {step}, batch {batch_number}: {error}. {untouched}the last checkpoint is that of step"
                 f" {self._saved_step()}. Look at the samples, or pass over them with data.skip=[[{batch_number},"
                 f" {following}]]"
             ) from error

@@ -1,5 +1,6 @@
 """AdamW over two groups: matrices decay, norms and biases do not."""
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -36,11 +37,12 @@ def nvidia_apex_optimizers() -> Any:
     remedy = "build it from https://github.com/NVIDIA/apex, or set optimizer.implementation=torch"
     if importlib.util.find_spec("apex") is None:
         raise UserError(f"optimizer.implementation is apex, but NVIDIA apex is not installed: {remedy}")
-    if importlib.util.find_spec("apex.optimizers") is None:
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+        optimizers.FusedAdam  # noqa: B018 - AttributeError where it is another program
+    except Exception as error:  # the namesake fails in its own ways, by its missing dependencies too
         raise UserError(
             "optimizer.implementation is apex, but the installed package named apex is not NVIDIA's (the one on PyPI is"
-            f" another program): pip uninstall apex, then {remedy}"
-        )
-    import apex.optimizers
-
-    return apex.optimizers
+            f" another program), or is not built for this torch ({error}): pip uninstall apex, then {remedy}"
+        ) from error
+    return optimizers

@@ -9,6 +9,7 @@ from megameta.config import DataSection
 from megameta.data import dataset as module
 from megameta.data.dataset import IGNORE_INDEX, SampleFormat, build_sample, meta_positions
 from megameta.data.samples import Text
+from megameta.errors import UserError
 
 META = 999
 
@@ -137,3 +138,14 @@ def test_number_of_meta_tokens(fraction, slots, expected):
     data = DataSection(sequence_length=slots, meta_token_fraction=fraction)
     assert data.num_meta_tokens == expected
     assert data.text_per_sample == slots - expected
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "meta", "message"),
+    [(104, META, r"text of sample 3 holds token 104, and model\.vocab_size is 104"), (105, 102, "the meta-token 102")],
+)
+def test_text_of_another_tokenizer_is_refused(vocabulary, meta, message):
+    with pytest.raises(UserError, match=message + r".*another tokenizer"):
+        build_sample(make_text(4), 3, SampleFormat(4, 1, meta, 0, vocab_size=vocabulary))
+    # A baseline without meta-tokens may have text in the last id.
+    assert build_sample(make_text(4), 3, SampleFormat(4, 0, 104, 0, vocab_size=105)).label_T.tolist()[-1] == 104
