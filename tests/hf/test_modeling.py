@@ -195,7 +195,9 @@ def test_gradients_with_and_without_checkpointing() -> None:
         if reentrant is not None:
             wrapper.gradient_checkpointing_enable({"use_reentrant": reentrant})
         wrapper.zero_grad()
-        wrapper(ids, attention_mask=mask, labels=ids).loss.backward()
+        out = wrapper(ids, attention_mask=mask, labels=ids, use_cache=True)
+        assert (out.past_key_values is None) == (reentrant is not None)  # what runs twice must not append twice
+        out.loss.backward()
         gradients.append({name: p.grad.clone() for name, p in wrapper.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
