@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import torch.distributed as dist
 
@@ -18,6 +19,8 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> int:
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
     of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
     """
+    # DeepSpeed calls collectives by names that torch has renamed: nothing that the reader could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     try:
         config = load_run_config(path, overrides)
         device = pick_device(config.run.device)
