@@ -1,0 +1,121 @@
+"""A tiny corpus, tiny configurations, and an oracle of training: a plain torch loop in one process, no DeepSpeed."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megameta.config import RunConfig, build_config
+from megameta.data.dataset import Dataset, SampleFormat
+from megameta.data.indexed import IndexedDatasetWriter
+from megameta.data.samples import Corpus, SampleIndex
+from megameta.train.setup import build_model
+
+VOCABULARY, META = 61, 60
+
+
+def write_corpus(prefix: Path, *, tokens: int = 4000, seed: int = 0, short: bool = True) -> str:
+    """Documents whose token t + 1 mostly follows from token t. With ``short`` half of the text is in documents of one
+    or two tokens, so that under a document mask some samples have few targets and others many."""
+    draw = np.random.default_rng(seed)
+    written = 0
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        while written < tokens:
+            tiny = short and written < tokens // 2
+            length = int(draw.integers(1, 3)) if tiny else int(draw.integers(100, 300))
+            document = np.empty(length, dtype=np.int64)
+            document[0] = draw.integers(0, META)
+            for t in range(1, length):
+                document[t] = (document[t - 1] * 7 + 3) % META if draw.random() < 0.8 else draw.integers(0, META)
+            writer.add_document(document)
+            written += length
+    return str(prefix)
+
+
+def tiny_values(train: str, **changes) -> dict:
+    """Plain values of a configuration; ``changes`` are section__key."""
+    values = {
+        "run": {"seed": 7, "device": "cpu"},
+        "model": {
+            "vocab_size": VOCABULARY,
+            "meta_token_id": META,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "bias": True,
+            "initializer_range": 0.1,
+            "max_position_embeddings": 32,
+        },
+        "data": {
+            "train": train,
+            "sequence_length": 32,
+            "meta_token_fraction": 0.125,
+            "document_mask": True,
+            "reset_positions": True,
+        },
+        "train": {"num_steps": 12, "micro_batch_size": 2, "global_batch_size": 8},
+        "optimizer": {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 3, "clip_grad_norm": 0.5},
+        "log": {"tensorboard": False},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    return values
+
+
+def tiny_config(train: str, **changes) -> RunConfig:
+    return build_config(tiny_values(train, **changes))
+
+
+def training_set(config: RunConfig) -> Dataset:
+    index = SampleIndex(Corpus(config.data.train), config.data.text_per_sample, config.run.seed)
+    return Dataset(index, SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed))
+
+
+def oracle_lr(step: int, config: RunConfig) -> float:
+    """Warm-up and cosine, from the words of the specification."""
+    o, last = config.optimizer, config.train.num_steps
+    if step <= o.warmup_steps:
+        return o.lr * step / o.warmup_steps
+    x = (step - o.warmup_steps) / (last - o.warmup_steps)
+    return o.min_lr + (o.lr - o.min_lr) * (1 + math.cos(math.pi * x)) / 2
+
+
+def oracle_run(config: RunConfig, steps: int, dtype: torch.dtype = torch.float64) -> dict:
+    """Losses, unclipped norms, numbers of targets, first gradients and last weights; one sample at a time."""
+    model = build_model(config).to(dtype)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    spared = [p for p in model.parameters() if p.dim() == 1]
+    o = config.optimizer
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=o.betas, eps=o.eps, fused=False, foreach=False)
+    dataset, size = training_set(config), config.train.global_batch_size
+    out: dict = {"losses": [], "norms": [], "targets": []}
+    for step in range(1, steps + 1):
+        samples = [dataset[i] for i in range((step - 1) * size, step * size)]
+        targets = sum(int((s.label_T != -100).sum()) for s in samples)
+        total = torch.zeros((), dtype=dtype)
+        for s in samples:
+            token, label, document, position = (
+                torch.from_numpy(x)[None] for x in (s.token_T, s.label_T, s.document_T, s.position_T)
+            )
+            logits = model(token, document_BT=document, position_BT=position)
+            total = total + F.cross_entropy(logits[0], label[0], ignore_index=-100, reduction="sum")
+        loss = total / targets
+        adamw.zero_grad()
+        loss.backward()
+        if step == 1:
+            out["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in model.parameters()))
+        for p in model.parameters():
+            p.grad.mul_(min(1.0, o.clip_grad_norm / norm))
+        for group in adamw.param_groups:
+            group["lr"] = oracle_lr(step, config)
+        adamw.step()
+        out["losses"].append(float(loss.detach()))
+        out["norms"].append(norm)
+        out["targets"].append(targets)
+    out["weights"] = {name: p.detach() for name, p in model.named_parameters()}
+    return out
