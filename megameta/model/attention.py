@@ -104,6 +104,8 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         if self.uses_rope and rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, rotation), rotate(k_BGTK, rotation)
+        # A norm under autocast may have returned float32; kernels want one dtype.
+        q_BHTK, k_BGTK = q_BHTK.to(v_BGTK.dtype), k_BGTK.to(v_BGTK.dtype)
         if update is not None:
             k_BGTK, v_BGTK = update(k_BGTK, v_BGTK)
         o_BHTK = self.attend(q_BHTK, k_BGTK, v_BGTK, mask)

@@ -72,6 +72,7 @@ def make_context(
         token_BT: int64 token ids.
         position_BT: positions, where they are not 0, 1, 2, … (document restarts, left padding); (B or 1, T).
         document_BT: int64 document of each row; attention, in both branches, stays inside one. Padding is a document.
+            The rows of a document, padding apart, are neighbours.
         num_meta_columns: M, at least the largest number of meta-tokens in a sequence, where the caller knows it (saves
             a host synchronisation on a GPU). Fewer would drop meta-tokens.
     """

@@ -7,7 +7,7 @@ def forward_flops(config: ModelConfig, length: int, num_meta: float, *, vocab_ro
     """Flops of one sequence of ``length`` rows that holds ``num_meta`` meta-tokens; a backward pass costs twice that.
 
     Attention is counted in full, not halved for causality (the convention of PaLM's and nanoGPT's utilisation figures).
-    The branch counts its M rows only (spec §2).
+    The branch counts its M rows only (spec §2, whose ratios halve attention).
     """
     width, inner = config.hidden_size, config.intermediate_size
     key_value_width = config.num_key_value_heads * config.head_size

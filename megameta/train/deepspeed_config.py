@@ -19,8 +19,10 @@ ELSEWHERE = {
 def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
 
-    bf16 and fp16 run as autocast over float32 parameters (fp16 with a gradient scaler), the one mixed precision that is
-    right at every ZeRO stage; gradients are reduced in float32, so no module is listed for low-precision communication.
+    bf16 runs as autocast over float32 parameters, which is right at every ZeRO stage; gradients are reduced in float32,
+    so no module is listed for low-precision communication. fp16 does the same with a gradient scaler at ZeRO 0; at 1 to
+    3 DeepSpeed 0.19.8 would clip the gradients while they are still scaled, so its own fp16 section with float32 master
+    weights is used there.
 
     Raises:
         UserError: ``deepspeed:`` sets a key to something else than what is derived, or a section in ``ELSEWHERE``.
@@ -32,7 +34,9 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "zero_optimization": {"stage": config.parallel.zero_stage},
     }
-    if config.train.precision != "fp32":
+    if config.train.precision == "fp16" and config.parallel.zero_stage > 0:
+        derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    elif config.train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.train.precision]
         derived["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     for key in config.deepspeed.keys() & ELSEWHERE.keys():

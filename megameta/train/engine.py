@@ -23,6 +23,8 @@ from megameta.train.optimizer import make_optimizer
 
 #: AdamW's state that has the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: State of DeepSpeed's dynamic loss scaler.
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Engine:
         model.activation_checkpointing = config.train.activation_checkpointing
         module = LossModule(model).to(topology.device)
         self.optimizer = make_optimizer(module, config.optimizer)
+        self._names = {f"gpt.{name}": name for name, _ in model.named_parameters()}
+        halves = config.train.precision == "fp16" and config.parallel.zero_stage > 0
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if halves else {}
         deepspeed = import_deepspeed(topology.device_type)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -79,8 +84,9 @@ class Engine:
             config=deepspeed_config(config, self.accumulation_steps),
             dist_init_required=False,
         )
+        self._scales_loss = config.train.precision == "fp16"
+        self._restore_masters(exact)
         self._make_moments()
-        self._names = {f"gpt.{name}": name for name, _ in model.named_parameters()}
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -112,12 +118,14 @@ class Engine:
                 self.engine.step()  # counts the micro-step; DeepSpeed updates at the last one only
         loss = self._finite_mean(total, num_targets, batches)
         norm = self._stage0_norm()
+        updates = self.optimizer_step if self._scales_loss else 0
         self.engine.step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm) and self._scaler is None:
+        if not math.isfinite(norm) and not self._scales_loss:
             raise NonFiniteGradient(f"the loss is {loss:.4f}, but the norm of its gradient is {norm}")
-        return StepResult(loss, norm, num_targets, applied=bool(self.engine.was_step_applied()))
+        applied = not self._scales_loss or self.optimizer_step > updates
+        return StepResult(loss, norm, num_targets, applied)
 
     def _finite_mean(self, total: Tensor, num_targets: int, batches: Sequence[Batch]) -> float:
         per_rank = self._gather(total)
@@ -220,6 +228,14 @@ class Engine:
             return list(zero.single_partition_of_fp32_groups)
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    def _restore_masters(self, exact: dict[str, Tensor]) -> None:
+        """DeepSpeed's fp16 section makes its float32 master weights from halves; put the exact ones in their place."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.named_parameters():
+            if name in exact:
+                safe_set_full_fp32_param(parameter, exact[name])
+
     def _make_moments(self) -> None:
         """Make AdamW's state before the first step, which would make it itself, and link it to the parameters.
 
@@ -262,20 +278,24 @@ class Engine:
         by_group = self._inner_optimizer.param_groups[0].get("step")  # apex
         return int(by_group if by_group is not None else self._inner_optimizer.state[self._owned()[0]]["step"])
 
-    @property
-    def _scaler(self) -> Any:
-        return self.engine.torch_autocast_z0_gradscaler or getattr(
-            self.engine.optimizer, "torch_autocast_gradscaler", None
-        )
-
     def loss_scale_state(self) -> dict[str, Any] | None:
-        """fp16's gradient scaler, None without one."""
-        return self._scaler.state_dict() if self._scaler is not None else None
+        """fp16's dynamic loss scale, None without one."""
+        if (scaler := self.engine.torch_autocast_z0_gradscaler) is not None:
+            return scaler.state_dict()
+        if self.engine.fp16_enabled():
+            return {key: getattr(self.engine.optimizer.loss_scaler, key) for key in LOSS_SCALE}
+        return None
 
     def load_loss_scale(self, state: dict[str, Any] | None) -> None:
-        """Inverse of ``loss_scale_state``."""
-        if state is not None and self._scaler is not None:
-            self._scaler.load_state_dict(state)
+        """Inverse of ``loss_scale_state``. ZeRO 0 scales by other rules; between the two the scale starts anew."""
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        if state is None or (scaler is None) == ("cur_scale" not in state):
+            return
+        if scaler is not None:
+            scaler.load_state_dict(state)
+        else:
+            for key in LOSS_SCALE:
+                setattr(self.engine.optimizer.loss_scaler, key, state[key])
 
     def destroy(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""

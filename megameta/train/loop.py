@@ -1,6 +1,7 @@
 """The training run: steps, evaluations, checkpoints, and an exact resume."""
 
 import fcntl
+import math
 import signal
 import statistics
 import time
@@ -205,7 +206,7 @@ class Trainer:
         record = {
             "step": step,
             "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             "lr": lr,
             "tokens": self.state.tokens,
             "targets": result.num_targets,
