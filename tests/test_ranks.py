@@ -3,9 +3,9 @@
 import os
 import time
 
-import ranks
 import psutil
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
