@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "optimizer.decay_steps",
     "data.skip",
     "data.valid",
+    "data.valid.*",
     "model.attention_backend",
     "parallel.*",
     "checkpoint.*",

@@ -192,18 +192,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     remedy = "use an older checkpoint of the run (write its name into checkpoints/latest) or copy this one again"
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        kind, version, files = manifest["format"], manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind, version = manifest["format"], manifest["version"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / MANIFEST}: missing or not readable ({error}); {remedy}") from error
     if kind != FORMAT or version != VERSION:
         raise UserError(f"{directory}: format {kind} version {version}; this program reads {FORMAT} version {VERSION}")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         file = directory / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {remedy}")
-        if file.stat().st_size != expected["bytes"]:
-            raise UserError(f"{file}: {file.stat().st_size} bytes instead of {expected['bytes']}; {remedy}")
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: {file.stat().st_size} bytes instead of {size}; {remedy}")
+        if _sha256(file) != digest:
             raise UserError(f"{file}: its content is not what was written (SHA-256 differs); {remedy}")
     raw = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
     return Checkpoint(directory, build_config(raw, str(directory / CONFIG)))

@@ -1,0 +1,76 @@
+"""What a run that goes on may change."""
+
+import pytest
+
+from megameta.checkpoint import check_resumable
+from megameta.config import build_config
+from megameta.errors import UserError
+
+BASE = {"data": {"train": "x", "tokenizer": None}, "deepspeed": {"zero_optimization": {"overlap_comm": False}}}
+
+
+def changed(*overrides):
+    from megameta.config import apply_overrides
+
+    return build_config(apply_overrides(BASE, list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.num_steps=7777",
+        "train.micro_batch_size=4",
+        "train.activation_checkpointing=true",
+        "optimizer.min_lr=1e-5",
+        "optimizer.schedule=wsd",
+        "optimizer.decay_steps=3",
+        "data.skip=[[1, 2]]",
+        "data.valid=[y]",
+        "data.valid={a: [y], b: z}",
+        "parallel.zero_stage=3",
+        "checkpoint.interval=5",
+        "checkpoint.keep=5",
+        "eval.interval=5",
+        "eval.num_samples=5",
+        "log.tensorboard=false",
+        "run.dir=elsewhere",
+        "init.from_checkpoint=there",
+        "deepspeed.zero_optimization.overlap_comm=true",
+        "deepspeed.dump_state=true",
+    ],
+)
+def test_may_change(override):
+    check_resumable(changed(), changed(override), "here")
+    check_resumable(changed(override), changed(), "here")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "old", "new"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr", "0.0006", "0.5"),
+        ("optimizer.betas=[0.9, 0.99]", "optimizer.betas", "[0.9, 0.95]", "[0.9, 0.99]"),
+        ("optimizer.warmup_steps=5", "optimizer.warmup_steps", "2000", "5"),
+        ("optimizer.clip_grad_norm=2", "optimizer.clip_grad_norm", "1.0", "2.0"),
+        ("train.global_batch_size=16", "train.global_batch_size", "8", "16"),
+        ("train.precision=bf16", "train.precision", "'fp32'", "'bf16'"),
+        ("run.seed=5", "run.seed", "1234", "5"),
+        ("data.train=[x, y]", "data.train", "['x']", "['x', 'y']"),
+        ("data.sequence_length=512", "data.sequence_length", "1024", "512"),
+        ("data.meta_token_fraction=0.2", "data.meta_token_fraction", "0.1", "0.2"),
+        ("data.document_mask=true", "data.document_mask", "False", "True"),
+        ("model.num_layers=3", "model.num_layers", "12", "3"),
+        ("model.meta_attention=false", "model.meta_attention", "True", "False"),
+    ],
+)
+def test_may_not_change(override, key, old, new):
+    with pytest.raises(UserError) as caught:
+        check_resumable(changed(), changed(override), "RUN/step_9")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("RUN/step_9: ") and len(lines) == 3
+    assert lines[1] == f"  {key}: {old} in the checkpoint, {new} now"
+    assert "init.from_checkpoint" in lines[2]
+
+
+def test_every_key_is_named_at_once():
+    with pytest.raises(UserError, match=r"(?s)model\.num_layers.*optimizer\.lr.*run\.seed"):
+        check_resumable(changed(), changed("optimizer.lr=1", "run.seed=2", "model.num_layers=1"), "x")
