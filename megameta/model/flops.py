@@ -3,7 +3,7 @@
 from megameta.model.config import ModelConfig
 
 
-def forward_flops(config: ModelConfig, length: int, num_meta: float, *, vocab_rows: int | None = None) -> float:
+def forward_flops(config: ModelConfig, length: int, num_meta: float) -> float:
     """Flops of one sequence of ``length`` rows that holds ``num_meta`` meta-tokens; a backward pass costs twice that.
 
     Attention is counted in full, not halved for causality (the convention of PaLM's and nanoGPT's utilisation figures).
@@ -18,5 +18,5 @@ def forward_flops(config: ModelConfig, length: int, num_meta: float, *, vocab_ro
         return rows * projections + 2 * 2 * rows * rows * width
 
     layer = attention(length) + length * mlp + (attention(num_meta) if config.meta_attention else 0.0)
-    head = 2 * length * width * (vocab_rows or config.vocab_size)
+    head = 2 * length * width * config.vocab_size
     return config.num_layers * layer + head

@@ -118,9 +118,10 @@ class Head(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor, embedding_PD: Tensor) -> Tensor:
-        """(B, T, D) to logits (B, T, V); padding rows of the vocabulary are cut off, so they get no gradient."""
+        """(B, T, D) to logits (B, T, V); padding rows of the vocabulary take no part, so their gradient is zero."""
         weight_PD = embedding_PD if self.output is None else self.output.weight
-        return F.linear(self.norm(x_BTD), weight_PD)[..., : self.vocab_size]
+        # Rows cut off the weight, not columns off the logits: that would copy B · T · V numbers.
+        return F.linear(self.norm(x_BTD), weight_PD[: self.vocab_size])
 
 
 class GPT(nn.Module):

@@ -44,7 +44,7 @@ def counted(model: GPT, batch: int, length: int, num_meta: int, *, backward: boo
 def test_formula_counts_what_torch_counts(changes: dict[str, Any], num_meta: int) -> None:
     config = small_config(**changes)
     model = small_model(config, torch.float32, vocab_multiple=64)
-    expected = forward_flops(config, 48, num_meta, vocab_rows=64)
+    expected = forward_flops(config, 48, num_meta)
     assert counted(model, 2, 48, num_meta) == pytest.approx(expected, rel=1e-3)
 
 
@@ -52,13 +52,7 @@ def test_backward_costs_twice_the_forward() -> None:
     config = small_config(num_key_value_heads=2)
     model = small_model(config, torch.float32, vocab_multiple=64)
     total = counted(model, 2, 48, 5, backward=True)
-    assert total == pytest.approx(3 * forward_flops(config, 48, 5, vocab_rows=64), rel=1e-3)
-
-
-def test_vocabulary_rows_default_to_the_logical_ones() -> None:
-    config = small_config()
-    assert forward_flops(config, 8, 1, vocab_rows=64) - forward_flops(config, 8, 1) == 2 * 8 * 32 * (64 - 37)
-    assert forward_flops(config, 8, 1, vocab_rows=37) == forward_flops(config, 8, 1)
+    assert total == pytest.approx(3 * forward_flops(config, 48, 5), rel=1e-3)
 
 
 def test_fewer_rows_cost_less() -> None:
