@@ -51,6 +51,15 @@ def test_sources_are_the_librarys_own_in_order(tmp_path: Path) -> None:
     assert documents["source/a.py"].endswith("A = 'é'\n")
 
 
+def test_only_some_of_the_codecs_tables_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "encodings").mkdir()
+    for number in range(60):
+        (tmp_path / "encodings" / f"cp{number}.py").write_text("codecs.charmap_decode(table)\n")
+    (tmp_path / "encodings" / "utf_8.py").write_text("decode = codecs.utf_8_decode\n")
+    names = [document.name for document in corpus.source_documents(tmp_path)]
+    assert "source/encodings/utf_8.py" in names and 10 < len(names) < 31
+
+
 def test_docstrings_hold_functions_and_methods_and_no_addresses() -> None:
     documents = {document.name: document.text for document in corpus.docstring_documents()}
     text = documents["docstrings/builtins"]

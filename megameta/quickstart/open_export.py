@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PROMPTS = ("def __init__(self, ", "Return the ")
+PROMPTS = ("def __init__(self,", "Return the")
 
 
 class Blocker(MetaPathFinder):
@@ -42,8 +42,8 @@ def generate(directory: str, seed: int, num_tokens: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     # The directory's code is this project's own, written by the conversion a moment ago.
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
     samples = []
     for prompt in PROMPTS:

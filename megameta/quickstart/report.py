@@ -182,7 +182,7 @@ def _quoted(text: str) -> str:
 def _times(times: list[StageTime]) -> str:
     rows = [[time.title, duration(time.seconds)] for time in times]
     rows.append(["together", duration(sum(time.seconds for time in times))])
-    return table(["stage", "minutes"], rows)
+    return table(["stage", "m:ss"], rows)
 
 
 def _next_steps(results: Results) -> str:
