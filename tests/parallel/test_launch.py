@@ -1,0 +1,164 @@
+"""Places from a launcher's environment, and the launcher for one machine: signals, exit codes, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megameta.errors import UserError
+from megameta.parallel import launch
+from megameta.parallel.launch import free_port, launch_local, make_topology, pick_device, ranks_from_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (3, 4, 1)),
+        (SRUN, (5, 8, 2)),
+        ({**SRUN, **TORCHRUN}, (3, 4, 1)),  # torchrun under srun
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # in sbatch's script, no step
+        ({"WORLD_SIZE": "4"}, (0, 1, 0)),
+    ],
+)
+def test_places(environment, expected):
+    assert ranks_from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}, {**TORCHRUN, "LOCAL_RANK": "x"}, {**SRUN, "SLURM_NTASKS": ""}],
+)
+def test_half_an_environment_is_refused(environment):
+    with pytest.raises(UserError, match=r"variables .* are not all set to numbers"):
+        ranks_from_environment(environment)
+
+
+def test_topology():
+    topology = make_topology("cpu", environment=TORCHRUN)
+    assert (topology.world_size, topology.rank, topology.local_rank, topology.device) == (4, 3, 1, "cpu")
+    assert (topology.data_parallel_size, topology.data_parallel_rank) == (4, 3)
+    assert not topology.is_main and topology.device_type == "cpu"
+    model_parallel = make_topology("cpu", model_ranks=2, environment=SRUN)
+    assert (model_parallel.data_parallel_size, model_parallel.data_parallel_rank) == (4, 2)
+    assert make_topology("cpu", environment={}).is_main
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match=r"run\.device=cpu"):
+        pick_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert pick_device("auto") == "cuda" and pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="rank 3 is number 1 on its machine, which has 1 GPU"):
+        make_topology("cuda", environment=TORCHRUN)
+
+
+def test_free_port_is_free():
+    assert 1024 <= free_port() < 65536
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A package megameta of one file, so that a rank does what the test wants and starts at once."""
+
+    def write(body):
+        (tmp_path / "megameta").mkdir()
+        (tmp_path / "megameta" / "__init__.py").write_text("")
+        head = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+        (tmp_path / "megameta" / "__main__.py").write_text(head + textwrap.dedent(body))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return write
+
+
+def children():
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+def test_ranks_get_their_places_and_arguments(stand_in):
+    folder = stand_in("""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        open(f"out{rank}", "w").write(" ".join([*(os.environ[n] for n in names), *sys.argv[1:]]))
+    """)
+    assert launch_local(["train", "x.yaml", "a.b=c d"], 2) == 0
+    first, second = ((folder / f"out{rank}").read_text().split(" ", 5) for rank in (0, 1))
+    assert first[:4] == ["0", "0", "2", "127.0.0.1"] and second[:4] == ["1", "1", "2", "127.0.0.1"]
+    assert first[4:] == second[4:] and first[5] == "train x.yaml a.b=c d"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(75)", 75)]
+)
+def test_the_first_failure_is_the_code_and_stragglers_are_ended(stand_in, monkeypatch, code, expected):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    before = children()
+    stand_in(f"""
+        if rank == 1:
+            {code}
+        time.sleep(1000)
+    """)
+    start = time.monotonic()
+    assert launch_local([], 3) == expected
+    assert time.monotonic() - start < 30
+    assert children() == before
+
+
+def test_others_may_end_by_themselves_within_the_grace(stand_in):
+    folder = stand_in("""
+        if rank == 1:
+            sys.exit(4)
+        time.sleep(0.7)
+        open("saved", "w").write("x")
+    """)
+    assert launch_local([], 2) == 4
+    assert (folder / "saved").exists()
+
+
+def test_handlers_are_put_back(stand_in):
+    stand_in("pass")
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert launch_local([], 1) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_signals_reach_every_rank(stand_in, number):
+    folder = stand_in("""
+        def stop(number, frame):
+            open(f"got{rank}", "w").write(str(number))
+            sys.exit(75)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, stop)
+        open(f"ready{rank}", "w").close()
+        time.sleep(1000)
+    """)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megameta.parallel.launch import launch_local;"
+    process = subprocess.Popen([sys.executable, "-P", "-c", code + "sys.exit(launch_local([], 2))"], env=os.environ)
+    try:
+        end = time.monotonic() + 60
+        while not all((folder / f"ready{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+    finally:
+        for member in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            member.kill()
+        process.kill()
+        process.wait()
+    assert [(folder / f"got{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2

@@ -1,0 +1,65 @@
+"""Checks across fields, each with the keys and a remedy."""
+
+import pytest
+
+from megameta.config import apply_overrides, build_config
+from megameta.errors import UserError
+from megameta.validate import data_parallel_size, problems, validate
+
+GOOD = {"optimizer": {"warmup_steps": 10}, "train": {"num_steps": 100}}
+
+
+def config(*overrides):
+    return build_config(apply_overrides(GOOD, list(overrides)))
+
+
+def test_the_good_one_is_good():
+    assert problems(config(), world_size=1, device="cpu") == []
+    assert problems(config(), world_size=1, device="cuda") == []
+    validate(config(), world_size=1, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "device", "words"),
+    [
+        (["model.position=ape", "model.max_position_embeddings=512"], 1, "cpu", ["512", "sequence_length 1024"]),
+        (["data.reset_positions=true"], 1, "cpu", ["data.reset_positions", "data.document_mask=true"]),
+        (["data.skip=[[3, 3]]"], 1, "cpu", ["data.skip [3, 3]"]),
+        (["data.skip=[[-1, 3]]"], 1, "cpu", ["data.skip [-1, 3]"]),
+        (["train.micro_batch_size=3"], 1, "cpu", ["global_batch_size 8", "micro_batch_size 3 × 1"]),
+        ([], 3, "cpu", ["micro_batch_size 8 × 3", "= 24"]),
+        (["train.num_steps=10"], 1, "cpu", ["warmup_steps 10", "train.num_steps 10"]),
+        (["optimizer.min_lr=1"], 1, "cpu", ["optimizer.min_lr 1.0", "optimizer.lr 0.0006"]),
+        (["optimizer.schedule=wsd", "optimizer.decay_steps=91"], 1, "cpu", ["warmup_steps 10", "decay_steps 91"]),
+        (["optimizer.schedule=wsd", "optimizer.warmup_steps=95"], 1, "cpu", ["warmup_steps 95", "decay_steps 10"]),
+        (["train.precision=fp16"], 1, "cpu", ["fp16 needs a CUDA device", "bf16"]),
+        (["parallel.sequence_parallel=true"], 1, "cpu", ["not built yet", "parallel.zero_stage"]),
+    ],
+)
+def test_each_problem(overrides, world_size, device, words):
+    (found,) = problems(config(*overrides), world_size=world_size, device=device)
+    for word in words:
+        assert word in found
+
+
+def test_model_parallel_sizes_must_divide_the_world():
+    found = problems(config("parallel.tensor_parallel_size=2"), world_size=3, device="cuda")
+    assert any("3 processes cannot be divided" in problem for problem in found)
+    assert data_parallel_size(config("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"), 8) == 2
+
+
+def test_fp16_on_a_gpu_and_boundaries_are_fine():
+    assert problems(config("train.precision=fp16"), world_size=1, device="cuda") == []
+    wsd = config("optimizer.schedule=wsd", "optimizer.decay_steps=90")
+    assert problems(wsd, world_size=1, device="cpu") == []
+    four = config("train.micro_batch_size=2")
+    assert problems(four, world_size=4, device="cpu") == []
+
+
+def test_all_at_once():
+    with pytest.raises(UserError, match=r"(?s)has 3 problem.*reset_positions.*micro_batch_size.*warmup_steps"):
+        validate(
+            config("data.reset_positions=true", "train.micro_batch_size=3", "train.num_steps=5"),
+            world_size=1,
+            device="cpu",
+        )

@@ -1,0 +1,47 @@
+"""DeepSpeed's dictionary follows from the run's configuration; the pass-through section adds and never contradicts."""
+
+import pytest
+from train_cases import tiny_config
+
+from megameta.errors import UserError
+from megameta.train.deepspeed_config import deepspeed_config
+
+
+def test_derived():
+    config = tiny_config("x", parallel__zero_stage=2, train__precision="bf16")
+    assert deepspeed_config(config, 4) == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+    }
+    assert "torch_autocast" not in deepspeed_config(tiny_config("x"), 4)
+    half = tiny_config("x", train__precision="fp16", parallel__zero_stage=0)
+    assert deepspeed_config(half, 1)["torch_autocast"]["dtype"] == "float16"
+
+
+def test_pass_through_adds_and_may_repeat():
+    config = tiny_config("x", deepspeed__zero_optimization={"stage": 1, "overlap_comm": False}, deepspeed__dump_state=1)
+    merged = deepspeed_config(config, 4)
+    assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert merged["dump_state"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("gradient_clipping", 2.0, r"deepspeed\.gradient_clipping: 2.0 contradicts 0.5"),
+        ("zero_optimization", {"stage": 3}, r"deepspeed\.zero_optimization\.stage: 3 contradicts 1"),
+        ("train_batch_size", 1, r"deepspeed\.train_batch_size"),
+        ("zero_optimization", 3, r"deepspeed\.zero_optimization: 3 contradicts"),
+        ("fp16", {"enabled": True}, r"deepspeed\.fp16: set train\.precision instead"),
+        ("bf16", {"enabled": True}, r"deepspeed\.bf16: set train\.precision instead"),
+        ("optimizer", {"type": "Adam"}, r"deepspeed\.optimizer: set optimizer\.\* instead"),
+        ("scheduler", {"type": "WarmupLR"}, r"deepspeed\.scheduler: set optimizer\.schedule instead"),
+    ],
+)
+def test_contradictions_are_errors(key, value, message):
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(tiny_config("x", **{f"deepspeed__{key}": value}), 4)

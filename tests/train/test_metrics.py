@@ -1,0 +1,66 @@
+"""RUN/metrics.jsonl through kills and resumes, and the measures of speed."""
+
+import json
+
+import pytest
+from train_cases import tiny_config
+
+from megameta.errors import UserError
+from megameta.model.flops import forward_flops
+from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics, step_flops
+
+
+def write(path, steps, tail=""):
+    lines = [{"step": s, "loss": 1 / s} for s in steps] + [{"step": steps[-1], "eval": {"valid": {"loss": 0.1 + 0.2}}}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    return lines
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7, "loss": 0.5'])
+def test_cut_back_to_the_resumed_step(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, [1, 2, 3, 4, 5], tail)
+    file = MetricsFile(path, 3)
+    assert read_metrics(path) == lines[:3]
+    file.write({"step": 4, "loss": 9.0})
+    assert read_metrics(path) == [*lines[:3], {"step": 4, "loss": 9.0}], "a record is there before the next step"
+    file.close()
+
+
+def test_evaluation_at_the_resumed_step_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, [1, 2])
+    MetricsFile(path, 2).close()
+    assert read_metrics(path) == lines
+    MetricsFile(path, 0).close()
+    assert read_metrics(path) == []
+
+
+def test_floats_survive_exactly(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    values = [0.1 + 0.2, 1e-310, 4.123456789012345]
+    for step, value in enumerate(values, 1):
+        file.write({"step": step, "loss": value})
+    file.close()
+    MetricsFile(path, 9).close()
+    assert [line["loss"] for line in read_metrics(path)] == values
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
+        MetricsFile(path, 3)
+    assert len(path.read_text().splitlines()) == 3, "nothing was lost"
+
+
+def test_flops_of_a_step():
+    config = tiny_config("x")
+    one = forward_flops(config.model, 32, 4)
+    assert step_flops(config) == 3 * 8 * one
+
+
+def test_peak_is_a_rate_that_this_machine_can_have():
+    rate = measure_peak_flops("cpu", "fp32", seconds=0.1)
+    assert 1e8 < rate < 1e15
