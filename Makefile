@@ -46,8 +46,8 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS)
 		then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "error: Python 3.11 or 3.12 is needed; $(or $(PYTHON),python3.11, python3.12 and python3) is missing or" \
-			"another version. Say which one with make PYTHON=/path/to/python" >&2; exit 1; \
+		echo "error: Python 3.11 or 3.12 is needed; missing or another version:" \
+			"$(or $(PYTHON),python3.11 python3.12 python3). Say which with make PYTHON=/path/to/python" >&2; exit 1; \
 	fi; \
 	if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
 		echo "error: $$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
