@@ -16,6 +16,8 @@ from megameta.train.engine import Engine, NonFiniteLoss
 from megameta.train.schedule import learning_rate
 from megameta.train.setup import build_model
 
+pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
+
 STEPS, MOVE_AT, BF16_STEPS = 12, 6, 4
 STAGES = (0, 1, 2, 3)  # 3 last: it patches torch's functions for the rest of the process
 

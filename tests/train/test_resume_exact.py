@@ -14,6 +14,8 @@ from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK
 
+pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
+
 STAGES = (0, 1, 2, 3)
 STEPS = 10
 #: What a step writes into metrics.jsonl apart from times.
