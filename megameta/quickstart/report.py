@@ -193,7 +193,7 @@ def _next_steps(results: Results) -> str:
             f"- Look at the runs: `tensorboard --logdir {output}/runs`; every step is a line in"
             f" `{output}/runs/*/metrics.jsonl`.",
             f"- Write with the model: `megameta generate {output}/hf/meta {prompt}`.",
-            "- Train longer: `python tools/quickstart.py train.num_steps=1000`.",
+            "- Train both longer, from the start: `python tools/quickstart.py train.num_steps=1000`.",
             "- A run of your own: `tools/preprocess_data.py --help`, then copy `configs/quickstart.yaml` and say what"
             " differs; `megameta config show FILE` shows every value. See docs/data.md and docs/training.md.",
             "- The paper's runs: `configs/paper/`, and `megameta config check FILE --gpus 8` before the queue.",
