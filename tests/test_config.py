@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megameta.config import DataSection, RunConfig, build_config, config_schema, known_keys, load_config
@@ -155,6 +155,7 @@ def test_short_forms(file):
 
 
 @given(st.integers(0, 500), st.integers(2, 8192))
+@example(290, 100)  # 28 in binary
 @settings(max_examples=300, deadline=None)
 def test_number_of_meta_tokens_is_exact(thousandths, slots):
     """floor(k · T) of the decimal number that was written, not of its binary neighbour."""

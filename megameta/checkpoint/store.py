@@ -145,7 +145,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond ``keep``, never the one that ``latest`` names, and unfinished ones.
+    """Remove the oldest checkpoints beyond ``keep``, and unfinished ones. The one that ``latest`` names is the newest.
 
     Those of steps after ``latest`` go first: the run was taken back to an earlier one (a loss spike, a damaged file),
     and what they were part of is abandoned.
@@ -154,10 +154,9 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(path)
     latest = (directory / LATEST).read_text(encoding="utf-8").strip()
     for path in sorted(directory.glob("step_*"), key=lambda path: (path.name <= latest, path.name))[:-keep]:
-        if path.name != latest:
-            # renamed first, so that what is left of an interrupted removal does not look like a checkpoint
-            doomed = path.rename(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(doomed)
+        # renamed first, so that what is left of an interrupted removal does not look like a checkpoint
+        doomed = path.rename(path.with_name(f".{path.name}.old"))
+        shutil.rmtree(doomed)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -12,7 +12,7 @@ from train_cases import oracle_run, tiny_config, training_set, write_corpus
 
 from megameta.data.loader import StepLoader
 from megameta.model.init import is_vocabulary_table
-from megameta.train.engine import Engine, NonFiniteLoss
+from megameta.train.engine import Engine, NonFiniteGradient, NonFiniteLoss
 from megameta.train.schedule import learning_rate
 from megameta.train.setup import build_model
 
@@ -140,6 +140,22 @@ def _poisoned(topology, corpus, stage):
     return report
 
 
+def _bad_gradient(topology, corpus, stage):
+    """The loss is finite on every rank, a gradient on one rank is not."""
+    config = tiny_config(corpus, parallel__zero_stage=stage)
+    engine, loader = _make(topology, config)
+    if topology.is_main:
+        engine.engine.module.gpt.head.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    try:
+        _steps(engine, loader, config, 1, 1)
+        message = None
+    except NonFiniteGradient as error:
+        message = str(error)
+    loader.close()
+    engine.destroy()
+    return message
+
+
 def _everything(topology, corpus):
     torch.manual_seed(topology.rank)  # nothing may depend on it
     report, state = {}, None
@@ -150,6 +166,7 @@ def _everything(topology, corpus):
         state = left
         report["bf16", stage] = _bf16(topology, corpus, stage)
         report["poisoned", stage] = _poisoned(topology, corpus, stage)
+        report["bad gradient", stage] = _bad_gradient(topology, corpus, stage)
     return report
 
 
@@ -261,3 +278,11 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(ranks, stage):
         if stage < 3 and size == 2:
             assert "rank 0" not in report["message"]
         assert report["untouched"] and report["optimizer_step"] == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_stops_all_ranks(ranks, stage):
+    """Or the next checkpoint would be one of NaN."""
+    for rank in ranks:
+        assert rank["bad gradient", stage] is not None
+        assert "the norm of its gradient is" in rank["bad gradient", stage]
