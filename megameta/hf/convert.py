@@ -107,12 +107,12 @@ def card_from_run(run_config: Any, source: Path) -> dict[str, Any]:
     if prefixes:
         card["training_data"] = prefixes
     if numbers := _last_numbers(source):
-        card["last_numbers"] = numbers
+        card["results"] = numbers
     return card
 
 
 def _last_numbers(source: Path) -> dict[str, float]:
-    """The last value of every number in the run's metrics.jsonl; empty where there is none."""
+    """Last step, loss and held-out results of the run's metrics.jsonl; empty where there is none."""
     candidates = [folder / "metrics.jsonl" for folder in (source, source.parent, source.parent.parent)]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     numbers: dict[str, float] = {}
@@ -121,7 +121,10 @@ def _last_numbers(source: Path) -> dict[str, float]:
             record = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed while writing
-        for name, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        values = {name: record[name] for name in ("step", "tokens", "loss") if name in record}
+        for held_out, result in record.get("eval", {}).items():
+            values |= {f"{held_out}: {measure}": value for measure, value in result.items()}
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
                 numbers[name] = value
     return numbers

@@ -92,7 +92,7 @@ def test_tokenizer_of_the_run(checkpoint: Path) -> None:
 
 def test_card_from_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 3.0, "note": "x"}\n{"step": 1, "valid/loss": 2.5, "bad": NaN}\n'
+        '{"step": 1, "loss": 3.0, "note": "x"}\n{"step": 1, "eval": {"valid": {"loss": 2.5, "bits_per_byte": null}}}\n'
         '{"step": 2, "loss": 2.0}\n{"st'  # killed while writing
     )
     data = SimpleNamespace(train=["/somewhere/private/books_text_document"], sequence_length=64)
@@ -102,5 +102,5 @@ def test_card_from_run(tmp_path: Path) -> None:
         assert card == {
             "training": {"data.sequence_length": 64, "train.num_steps": 2},
             "training_data": ["books_text_document"],
-            "last_numbers": {"step": 2, "loss": 2.0, "valid/loss": 2.5},
+            "results": {"step": 2, "loss": 2.0, "valid: loss": 2.5},
         }
