@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -34,9 +35,26 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> int:
     except UserError as error:
         if _may_speak():
             print(f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_FAILURE)  # a normal exit could wait for ranks that are gone
+        _leave()
+    except RuntimeError:
+        if not _has_been_said():
+            raise
+        _leave()  # a collective broke off because a rank has left with its message
+
+
+def _leave() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILURE)  # a normal exit could wait for ranks that are gone
+
+
+def _has_been_said() -> bool:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    try:
+        return dist.distributed_c10d._get_default_store().add("megameta/error", 0) > 0
+    except RuntimeError:  # the store went with its rank, which has spoken
+        return True
 
 
 def _may_speak() -> bool:

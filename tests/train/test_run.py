@@ -235,6 +235,7 @@ def test_a_new_run_from_weights_alone_with_batches_passed_over(place, start):
 @pytest.mark.slow
 def test_mistakes_get_one_message(place, start):
     """All at once, as each takes a start."""
+    write_corpus(place / "odd", odd_token=59)
     shutil.copytree(place / "whole", place / "damaged")
     target = place / "damaged" / "checkpoints" / "step_00000110" / "optimizer.safetensors"
     data = bytearray(target.read_bytes())
@@ -248,6 +249,19 @@ def test_mistakes_get_one_message(place, start):
         (("train", "run.yaml", "run.dir=bad", "data.train=nowhere"), ["there is no dataset nowhere"]),
         (("train", "run.yaml", "run.dir=damaged"), ["step_00000110/optimizer.safetensors", "SHA-256", "older"]),
         (("train", "run.yaml", "run.dir=bad2", "model.vocab_size=50", "model.meta_token_id=49"), ["vocab_size is 50"]),
+        # One rank alone meets it; the other one's broken collective is not what the person has to hear of.
+        (
+            (
+                "train",
+                "run.yaml",
+                "run.dir=bad3",
+                "data.train=odd",
+                "model.vocab_size=59",
+                "model.meta_token_id=58",
+                *two,
+            ),
+            ["holds token 59", "vocab_size is 59", "data.skip=[["],
+        ),
         (("train", "absent.yaml"), ["cannot read the configuration absent.yaml"]),
     ]
     for first in range(0, len(cases), 3):

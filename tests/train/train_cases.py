@@ -16,19 +16,23 @@ from megameta.train.setup import build_model
 VOCABULARY, META = 61, 60
 
 
-def write_corpus(prefix: Path, *, tokens: int = 4000, seed: int = 0, short: bool = True) -> str:
-    """Documents whose token t + 1 mostly follows from token t. With ``short`` half of the text is in documents of one
-    or two tokens, so that under a document mask some samples have few targets and others many."""
+def write_corpus(prefix: Path, *, tokens: int = 4000, seed: int = 0, odd_token: int | None = None) -> str:
+    """Documents whose token t + 1 mostly follows from token t. Half of the text is in documents of one or two tokens,
+    so that under a document mask some samples have few targets and others many. With ``odd_token`` the last token is
+    that one and all others are below 50."""
     draw = np.random.default_rng(seed)
     written = 0
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         while written < tokens:
-            tiny = short and written < tokens // 2
+            tiny = written < tokens // 2
             length = int(draw.integers(1, 3)) if tiny else int(draw.integers(100, 300))
             document = np.empty(length, dtype=np.int64)
             document[0] = draw.integers(0, META)
             for t in range(1, length):
                 document[t] = (document[t - 1] * 7 + 3) % META if draw.random() < 0.8 else draw.integers(0, META)
+            if odd_token is not None:
+                document %= 50
+                document[-1] = odd_token if written + length >= tokens else 0
             writer.add_document(document)
             written += length
     return str(prefix)
