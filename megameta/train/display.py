@@ -1,13 +1,23 @@
 """What the person at the terminal sees: a live bar on a terminal, plain lines elsewhere, both in RUN/logs."""
 
 import logging
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 LOG = logging.getLogger("megameta")
+
+
+#: One console for lines and bar: rich keeps a live bar below the lines that go through the same one.
+CONSOLE = Console(stderr=True)
+
+
+class _Terminal(logging.Handler):
+    """Log lines to the terminal, above a live bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        CONSOLE.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_log(path: Path, *, echo: bool) -> None:
@@ -20,9 +30,7 @@ def open_log(path: Path, *, echo: bool) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOG.addHandler(to_file)
     if echo:
-        to_terminal = logging.StreamHandler(sys.stderr)
-        to_terminal.setFormatter(logging.Formatter("%(message)s"))
-        LOG.addHandler(to_terminal)
+        LOG.addHandler(_Terminal())
 
 
 def close_log() -> None:
@@ -44,15 +52,14 @@ class StepDisplay:
     def __init__(self, title: str, num_steps: int, done: int, interval: int) -> None:
         self.interval = interval
         self.num_steps = num_steps
-        console = Console(stderr=True)
-        self._live = console.is_terminal
+        self._live = CONSOLE.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
-            console=console,
+            console=CONSOLE,
             disable=not self._live,
         )
         self._task = self._bar.add_task(title, total=num_steps, completed=done, numbers="")

@@ -107,7 +107,7 @@ class Trainer:
         kernel = engine.engine.module.gpt.blocks[0].attention.name
         LOG.info("run %s: %s parameters (vocabulary padding included)", config.run.dir, f"{parameters:,}")
         LOG.info(
-            "%d ranks on %s, ZeRO %d, %s, attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
+            "%d rank(s) on %s, ZeRO %d, %s, attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
             self.topology.data_parallel_size,
             self.topology.device_type,
             config.parallel.zero_stage,
