@@ -142,15 +142,14 @@ def test_what_a_run_leaves(place):
 
 @pytest.mark.slow
 def test_signals_and_a_kill_then_the_same_numbers(place, start):
-    """SIGTERM, SIGUSR1, kill -9, and a start to the end, all in one directory; then a start of the complete run."""
+    """SIGTERM, kill -9, and a start to the end, all in one directory; then a start of the complete run."""
     cut = place / "cut"
-    for number, step in ((signal.SIGTERM, 7), (signal.SIGUSR1, 29)):
-        command = start("train", "run.yaml", "run.dir=cut")
-        command.wait_for_step("cut", step)
-        command.process.send_signal(number)
-        assert command.wait() == 75, command.said
-        assert step <= latest_step(cut) == last_step(cut) < STEPS
-        assert "start it again to go on" in command.said
+    command = start("train", "run.yaml", "run.dir=cut")
+    command.wait_for_step("cut", 7)
+    command.process.terminate()
+    assert command.wait() == 75, command.said
+    assert 7 <= latest_step(cut) == last_step(cut) < STEPS
+    assert "start it again to go on" in command.said
     command = start("train", "run.yaml", "run.dir=cut")
     command.wait_for_step("cut", 66)
     command.process.kill()
@@ -172,20 +171,22 @@ def test_signals_and_a_kill_then_the_same_numbers(place, start):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(place, start):
-    runs = []
-    for name in ("pair", "pair-whole"):
-        runs.append(start("train", "run.yaml", f"run.dir={name}", "--nproc-per-node", "2", "train.num_steps=80"))
-    pair, whole = runs
+    pair = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")
     pair.wait_for_step("pair", 25)
     ranks = psutil.Process(pair.process.pid).children()
     assert len(ranks) == 2
     pair.process.terminate()
     assert pair.wait() == 75, pair.said
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
-    again = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2", "train.num_steps=80")
-    assert again.wait() == 0 and whole.wait() == 0, again.said
-    assert records(place / "pair") == records(place / "pair-whole")
-    assert hashes(place / "pair") == hashes(place / "pair-whole")
+    again = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")
+    assert again.wait() == 0, again.said
+    # The samples of a step are those of one process (test_resume_exact compares two with two, bitwise).
+    two, one = (
+        [line for line in records(place / name) if "eval" not in line and line["step"] <= 60]
+        for name in ("pair", "whole")
+    )
+    assert [line["targets"] for line in two] == [line["targets"] for line in one]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -195,7 +196,7 @@ def test_a_directory_in_use_is_refused_and_a_changed_key_too(place, start):
     second = start("train", "run.yaml", "run.dir=busy", "train.num_steps=100000")
     assert second.wait() == 1
     assert "busy: another run is using this directory" in one_error(second.said)
-    first.process.terminate()
+    first.process.send_signal(signal.SIGUSR1)
     assert first.wait() == 75, first.said
     changed = start("train", "run.yaml", "run.dir=busy", "optimizer.lr=0.5", "model.num_layers=3", "train.num_steps=9")
     assert changed.wait() == 1
