@@ -65,7 +65,7 @@ def _steps(config: RunConfig) -> list[str]:
             f"optimizer.warmup_steps {optimizer.warmup_steps} is not below train.num_steps {steps}:"
             " the run would end inside its warm-up"
         )
-    if optimizer.min_lr > optimizer.lr:
+    if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.lr:
         found.append(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
     decay = optimizer.decay_steps or max(1, steps // 10)
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:

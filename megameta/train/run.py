@@ -14,8 +14,8 @@ from megameta.train.setup import load_run_config
 from megameta.validate import validate
 
 
-def train(path: str | os.PathLike[str], overrides: list[str]) -> int:
-    """Run the training of a configuration on this rank.
+def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
+    """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
     of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
@@ -30,22 +30,28 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> int:
         validate(config, world_size=topology.world_size, device=device)
         initialize_process_group(topology)
         code = Trainer(config, topology).run()
-        dist.destroy_process_group()
-        return code
+        dist.barrier()  # nobody leaves while another rank is still in a collective
+        _leave(code)
     except UserError as error:
         if _may_speak():
             print(f"error: {error}", file=sys.stderr)
-        _leave()
+        _leave(EXIT_FAILURE)
     except RuntimeError:
         if not _has_been_said():
             raise
-        _leave()  # a collective broke off because a rank has left with its message
+        _leave(EXIT_FAILURE)  # a collective broke off because a rank has left with its message
 
 
-def _leave() -> NoReturn:
+def _leave(code: int) -> NoReturn:
+    """End the process here, with everything written.
+
+    A normal exit after a failure could wait for ranks that are gone; and after a whole run one in some dozens was seen
+    to abort while gloo's threads were torn down ("terminate called without an active exception"), which would turn a
+    finished run into a failed one.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_FAILURE)  # a normal exit could wait for ranks that are gone
+    os._exit(code)
 
 
 def _has_been_said() -> bool:
