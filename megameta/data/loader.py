@@ -1,6 +1,6 @@
 """Batches of an optimiser step, as a pure function of its number: any rank, any worker, any resume reads the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,16 +25,19 @@ class Batch:
 
     def to(self, device: str) -> "Batch":
         """The batch on a device."""
+        return self._with_each(lambda x: x.to(device, non_blocking=True))
 
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which copies to a GPU run beside its work."""
+        return self._with_each(Tensor.pin_memory)
 
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            token_BT=self.token_BT.to(device, non_blocking=True),
-            label_BT=self.label_BT.to(device, non_blocking=True),
-            document_BT=move(self.document_BT),
-            position_BT=move(self.position_BT),
+            token_BT=change(self.token_BT),
+            label_BT=change(self.label_BT),
+            document_BT=None if self.document_BT is None else change(self.document_BT),
+            position_BT=None if self.position_BT is None else change(self.position_BT),
         )
 
     @property
@@ -112,15 +115,5 @@ class StepLoader:
             first = number * self.global_batch_size + (step * ranks + self.data_parallel_rank) * micro
             samples = [self.dataset[index] for index in range(first, first + micro)]
             batch = collate(samples, self.dataset.form.num_meta_tokens)
-            batches.append(_pin(batch) if self.pin_memory else batch)
+            batches.append(batch.pin_memory() if self.pin_memory else batch)
         return batches
-
-
-def _pin(batch: Batch) -> Batch:
-    return replace(
-        batch,
-        token_BT=batch.token_BT.pin_memory(),
-        label_BT=batch.label_BT.pin_memory(),
-        document_BT=None if batch.document_BT is None else batch.document_BT.pin_memory(),
-        position_BT=None if batch.position_BT is None else batch.position_BT.pin_memory(),
-    )

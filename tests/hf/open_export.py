@@ -15,6 +15,23 @@ class Blocked(importlib.abc.MetaPathFinder):
         return None
 
 
+def train_three_steps(model, ids, mask) -> list[float]:
+    """Losses of three steps, as transformers' Trainer makes them, with gradient checkpointing."""
+    import torch
+
+    model.train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def main(directory: str, probe_file: str, resaved: str) -> dict:
     sys.meta_path.insert(0, Blocked())
     try:
@@ -57,17 +74,7 @@ def main(directory: str, probe_file: str, resaved: str) -> dict:
     free = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, suppress_tokens=[])
     found["generated_meta_unsuppressed"] = int((free[:, ids.shape[1] :] == config.meta_token_id).sum())
 
-    model.train()
-    model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        loss = model(ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    found["losses"] = losses
+    found["losses"] = train_three_steps(model, ids, mask)
 
     model.eval()
     model.save_pretrained(resaved)
