@@ -21,21 +21,23 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Groups that this process belongs to. ``tensor`` is None where layers are whole."""
+    """Groups that this process belongs to."""
 
-    tensor: TensorParallel | None
+    layers: TensorParallel
     data: ProcessGroup
+
+    @property
+    def tensor(self) -> TensorParallel | None:
+        """None where layers are whole."""
+        return self.layers if self.layers.size > 1 else None
 
 
 def make_groups(topology: Topology, *, sequence_parallel: bool = False) -> ProcessGroups:
     """Make the groups: collective, every rank of the world in the same order."""
-    tensor = None
-    tensor_group = _own_group(topology.tensor_parallel_groups(), topology.rank)
-    if topology.tensor_parallel_size > 1:
-        tensor = TensorParallel(
-            tensor_group, topology.tensor_parallel_size, topology.tensor_parallel_rank, sequence_parallel
-        )
-    return ProcessGroups(tensor, _own_group(topology.data_parallel_groups(), topology.rank))
+    size, rank = topology.tensor_parallel_size, topology.tensor_parallel_rank
+    group = _own_group(topology.tensor_parallel_groups(), topology.rank)
+    layers = TensorParallel(group, size, rank, sequence_parallel)
+    return ProcessGroups(layers, _own_group(topology.data_parallel_groups(), topology.rank))
 
 
 def _own_group(groups: list[list[int]], rank: int) -> ProcessGroup:
@@ -46,8 +48,8 @@ def _own_group(groups: list[list[int]], rank: int) -> ProcessGroup:
 class ModelParallelUnit:
     """The ``mpu`` of ``deepspeed.initialize`` where there is no pipeline (a PipelineModule brings its own)."""
 
-    def __init__(self, topology: Topology, tensor: TensorParallel, data: ProcessGroup) -> None:
-        self._topology, self._tensor, self._data = topology, tensor, data
+    def __init__(self, topology: Topology, groups: ProcessGroups) -> None:
+        self._topology, self._tensor, self._data = topology, groups.layers, groups.data
 
     def get_model_parallel_group(self) -> ProcessGroup:
         """The ranks that share layers."""

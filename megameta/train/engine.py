@@ -101,9 +101,8 @@ class Engine:
         return LossModule(model, self.groups.tensor).to(self.topology.device)
 
     def _mpu(self) -> Any:
-        return (
-            ModelParallelUnit(self.topology, tp, self.groups.data) if (tp := self.groups.tensor) is not None else None
-        )
+        # Given without tensor parallelism too: DeepSpeed keeps the last one that it saw for the rest of the process.
+        return ModelParallelUnit(self.topology, self.groups)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 

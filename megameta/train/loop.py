@@ -34,6 +34,7 @@ from megameta.train.engine import NonFiniteGradient
 from megameta.train.evaluation import Evaluator
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
 from megameta.train.pipeline_engine import make_engine
+from megameta.train.replicas import check_replicas
 from megameta.train.schedule import learning_rate
 from megameta.train.setup import initial_weights
 
@@ -165,6 +166,8 @@ class Trainer:
         while self.state.step < config.train.num_steps:
             self._step()
             step, last = self.state.step, self.state.step == config.train.num_steps
+            if config.train.check_replicas_every and step % config.train.check_replicas_every == 0:
+                check_replicas(self.engine.state, step)
             if self.evaluator.sets and (last or step % config.eval.interval == 0):
                 self._evaluate()
             stopping = self.engine.any_rank(self._stop_requested)

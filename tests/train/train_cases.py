@@ -17,7 +17,9 @@ from megameta.train.setup import build_model
 VOCABULARY, META = 61, 60
 
 
-def write_corpus(prefix: Path, *, tokens: int = 4000, seed: int = 0, odd_token: int | None = None) -> str:
+def write_corpus(
+    prefix: Path, *, tokens: int = 4000, seed: int = 0, odd_token: int | None = None, vocabulary: int = META
+) -> str:
     """Documents whose token t + 1 mostly follows from token t. Half of the text is in documents of one or two tokens,
     so that under a document mask some samples have few targets and others many. With ``odd_token`` the last token is
     that one and all others are below 50."""
@@ -28,9 +30,11 @@ def write_corpus(prefix: Path, *, tokens: int = 4000, seed: int = 0, odd_token: 
             tiny = written < tokens // 2
             length = int(draw.integers(1, 3)) if tiny else int(draw.integers(100, 300))
             document = np.empty(length, dtype=np.int64)
-            document[0] = draw.integers(0, META)
+            document[0] = draw.integers(0, vocabulary)
             for t in range(1, length):
-                document[t] = (document[t - 1] * 7 + 3) % META if draw.random() < 0.8 else draw.integers(0, META)
+                document[t] = (
+                    (document[t - 1] * 7 + 3) % vocabulary if draw.random() < 0.8 else draw.integers(0, vocabulary)
+                )
             if odd_token is not None:
                 document %= 50
                 document[-1] = odd_token if written + length >= tokens else 0
@@ -104,7 +108,8 @@ def oracle_run(config: RunConfig, steps: int, dtype: torch.dtype = torch.float64
         total = torch.zeros((), dtype=dtype)
         for s in samples:
             token, label, document, position = (
-                torch.from_numpy(x)[None] for x in (s.token_T, s.label_T, s.document_T, s.position_T)
+                None if x is None else torch.from_numpy(x)[None]
+                for x in (s.token_T, s.label_T, s.document_T, s.position_T)
             )
             logits = model(token, document_BT=document, position_BT=position)
             total = total + F.cross_entropy(logits[0], label[0], ignore_index=-100, reduction="sum")

@@ -1,0 +1,175 @@
+"""Every layout against one process: ``make test-grid``. Writes docs/parity.md and fails where a bound is broken.
+
+    python tests/parity_grid.py [--output docs/parity.md] [--worlds 1 2 4 8]
+
+Every TP × PP × DP × ZeRO layout of 1, 2, 4 and 8 processes runs once with all switches on; a pairwise covering of the
+other factors runs over a choice of layouts. Processes are started once a world size; a case that breaks them is run
+again alone, so that one failure does not hide another.
+"""
+
+import argparse
+import dataclasses
+import platform
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "train"), str(HERE / "parallel"), str(HERE / "model")]
+
+import torch  # noqa: E402
+from model_cases import covering  # noqa: E402
+from parity import (  # noqa: E402
+    FACTORS,
+    STEPS,
+    TOLERANCE,
+    Case,
+    Comparison,
+    compare,
+    compare_bf16,
+    layouts,
+    make_corpus,
+    reference,
+    run_cases,
+)
+from ranks import RankError, run_ranks  # noqa: E402
+
+#: Layouts over which the other factors are covered pairwise.
+COVERED = ((2, 1, 2, 1), (2, 1, 1, 2), (2, 1, 1, 3), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 0))
+#: Seconds that a case may take, on a busy machine too.
+TIMEOUT = 240
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every pair of levels of two factors occurs, the layout being one of the factors."""
+    rows = covering({"layout": COVERED, **{factor: list(levels) for factor, levels in FACTORS.items()}})
+    return [Case(*row.pop("layout"), factors=tuple(row.items())) for row in rows]
+
+
+def run_world(world: int, cases: list[Case], corpus: str) -> dict[Case, list[dict[str, Any]] | str]:
+    """Reports of all ranks by case, or how it failed."""
+    try:
+        reports = run_ranks(run_cases, world, cases, corpus, timeout=60 + TIMEOUT * len(cases))
+    except RankError as error:
+        if len(cases) == 1:
+            return {cases[0]: str(error)}
+        alone = (run_world(world, [case], corpus) for case in cases)
+        return {case: outcome for part in alone for case, outcome in part.items()}
+    return {case: [rank[number] for rank in reports] for number, case in enumerate(cases)}
+
+
+def judge(case: Case, outcome: list[dict[str, Any]] | str, references: Any, alone: Any) -> Comparison:
+    """The comparison of a case; how it failed counts as a violation."""
+    if isinstance(outcome, str):
+        return Comparison({}, [("failed", outcome)])
+    if case.levels["precision"] == "bf16":
+        own = alone[_alone(case)]
+        return (
+            compare_bf16(outcome, own, references[_same_model(case)])
+            if not isinstance(own, str)
+            else Comparison({}, [("failed", own)])
+        )
+    return compare(outcome, references[_same_model(case)])
+
+
+def _same_model(case: Case) -> Case:
+    """What decides the reference: the model and its data, not the layout, micro-batches or precision."""
+    fixed = {"micro": "1", "sequence": "off", "recompute": "off", "precision": "fp32"}
+    factors = tuple((factor, fixed.get(factor, level)) for factor, level in case.factors)
+    return Case(1, case.pipeline if case.pipeline > 2 else 1, 1, 0, factors)
+
+
+def _alone(case: Case) -> Case:
+    return dataclasses.replace(case, tensor=1, pipeline=1, data=1, zero=1)
+
+
+def main() -> int:
+    """Run the grid; the exit code says whether every layout computes the same."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=None, help="write the table there")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of processes")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    cases = list(
+        dict.fromkeys([*layouts(tuple(arguments.worlds)), *(c for c in pairwise() if c.world_size in arguments.worlds)])
+    )
+    bf16 = list(dict.fromkeys(_alone(case) for case in cases if case.levels["precision"] == "bf16"))
+    results: dict[Case, Comparison] = {}
+    seconds: dict[Case, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_corpus(Path(folder))
+        references = {}
+        for number, case in enumerate(models := list(dict.fromkeys(_same_model(case) for case in cases)), 1):
+            references[case] = reference(case, corpus)
+            print(f"\rreference {number} of {len(models)}", end="", flush=True)
+        print()
+        alone = run_world(1, bf16, corpus) if bf16 else {}
+        by_world: dict[int, list[Case]] = defaultdict(list)
+        for case in sorted(cases, key=lambda case: case.zero == 3):
+            by_world[case.world_size].append(case)
+        for world, group in sorted(by_world.items()):
+            print(f"{world} process(es), {len(group)} cases", flush=True)
+            for case, outcome in run_world(world, group, corpus).items():
+                results[case] = judge(case, outcome, references, alone)
+                seconds[case] = 0.0 if isinstance(outcome, str) else outcome[0]["seconds"]
+                print(_line(case, results[case]), f"({seconds[case]:.0f} s)", flush=True)
+    elapsed = time.monotonic() - start
+    bad = [case for case in results if results[case].violations]
+    print(f"{len(results) - len(bad)} of {len(results)} cases within the bounds, {elapsed / 60:.0f} minutes")
+    if arguments.output:
+        arguments.output.write_text(_report(cases, results, elapsed), encoding="utf-8")
+        print(f"written: {arguments.output}")
+    return 1 if bad else 0
+
+
+def _line(case: Case, result: Comparison) -> str:
+    verdict = "ok  " if not result.violations else "FAIL"
+    numbers = " ".join(f"{kind} {value:.1e}" for kind, value in result.worst.items())
+    words = "; ".join(f"{kind}: {words}" for kind, words in result.violations[:5])
+    return f"{verdict} {case} | {numbers} {words}"
+
+
+def _report(cases: list[Case], results: dict[Case, Comparison], elapsed: float) -> str:
+    float32 = [case for case in cases if case.levels["precision"] == "fp32"]
+    bf16 = [case for case in cases if case.levels["precision"] == "bf16"]
+    good = sum(not result.violations for result in results.values())
+    lines = [
+        "# Every layout against one process",
+        "",
+        f"{good} of {len(results)} cases hold. Written by `make test-grid` ({elapsed / 60:.0f} minutes; {platform.machine()},"
+        f" torch {torch.__version__}, gloo, seed 11); what is compared and how stands in [parallel.md](parallel.md).",
+        "",
+        f"float32, {STEPS} steps against a float64 loop over single samples in one process: the largest relative error of any"
+        " parameter's gradient before step 1 (by norm), of any step's loss and gradient norm, and of the held-out loss. Bounds:"
+        f" {TOLERANCE['gradient']:.0e}, {TOLERANCE['loss']:.0e}, {TOLERANCE['norm']:.0e}, {TOLERANCE['evaluation']:.0e}. Initial"
+        " weights are bitwise those of one process, and replicas bitwise equal after the last step, in every row.",
+        "",
+        *_table(float32, results, ["gradient", "loss", "norm", "evaluation"]),
+        "",
+        "bf16: the layout's error against the same float64 reference over the error of one bf16 process; bound 2.",
+        "",
+        *_table(bf16, results, ["gradient", "loss", "norm", "evaluation"]),
+        "",
+        "All on: " + ", ".join(f"{factor} {next(iter(levels))}" for factor, levels in FACTORS.items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(cases: list[Case], results: dict[Case, Comparison], kinds: list[str]) -> list[str]:
+    rows = [f"| TP | PP | DP | ZeRO | switches | {' | '.join(kinds)} | holds |", "|---" * (6 + len(kinds)) + "|"]
+    for case in cases:
+        result = results[case]
+        numbers = " | ".join(f"{result.worst[kind]:.1e}" if kind in result.worst else "–" for kind in kinds)
+        verdict = "yes" if not result.violations else "**no**: " + "; ".join(kind for kind, _ in result.violations)
+        rows.append(
+            f"| {case.tensor} | {case.pipeline} | {case.data} | {case.zero} | {case.changed} | {numbers} | {verdict} |"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
