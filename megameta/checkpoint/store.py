@@ -130,9 +130,11 @@ def _read_latest(directory: Path) -> str:
     pointer = directory / LATEST
     try:
         name = pointer.read_bytes().decode("utf-8").strip()
+        plain = name.isprintable() and Path(name).name == name and len(name) < 200
+        there = plain and (directory / name / MANIFEST).is_file()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{pointer}: not readable ({error}); {_what_to_point_to(directory)}") from error
-    if not name.isprintable() or Path(name).name != name or not (directory / name / MANIFEST).is_file():
+    if not there:
         raise UserError(f"{pointer}: names {name[:80]!r}, which is no checkpoint; {_what_to_point_to(directory, name)}")
     return name
 
