@@ -77,7 +77,7 @@ def export_to_hf(
         pad_id = _write_tokenizer(config, tokenizer, directory)
         _hf_config(config, stored_dtype).save_pretrained(directory)
         _generation_config(config, tokenizer, pad_id).save_pretrained(directory)
-        write_shards(directory, as_exported(config, stored), max_shard_size, num_parameters)
+        write_shards(directory, as_exported(config, stored), max_shard_size)
         stock = fits_gpt2(config)
         if not stock:
             (directory / MODELING_FILE).write_text(bundle_source(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """An export's weights on disk: under its names, in files of a limited size, one tensor in memory at a time."""
 
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from megameta.checkpoint.tensor_file import LazyTensors, MadeTensors, StoredTensors, TensorWriter, entry_of
 from megameta.errors import UserError
 from megameta.hf.gpt2 import fits_gpt2, to_gpt2
-from megameta.hf.names import to_hf_name
+from megameta.hf.names import expected_shapes, to_hf_name
 from megameta.model import ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,17 +39,16 @@ def as_exported(config: ModelConfig, tensors: LazyTensors) -> MadeTensors:
     return MadeTensors(
         {
             to_hf_name(name): (tensors.entry(name)._replace(name=to_hf_name(name)), partial(tensors.__getitem__, name))
-            for name in tensors
+            for name in expected_shapes(config)  # in the model's order, whatever that of the mapping is
         }
     )
 
 
-def write_shards(directory: Path, tensors: LazyTensors, max_shard_size: str, num_parameters: int) -> None:
+def write_shards(directory: Path, tensors: LazyTensors, max_shard_size: str) -> None:
     """Write model.safetensors, or model-0000i-of-0000n.safetensors and the index, as ``save_pretrained`` does.
 
     Args:
         max_shard_size: like "5GB"; a tensor that is larger gets a file of its own.
-        num_parameters: for the index; a tied weight counts once.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -66,7 +66,7 @@ def write_shards(directory: Path, tensors: LazyTensors, max_shard_size: str, num
             writer.abandon()
             raise
     if split.is_sharded:
-        metadata = {"total_parameters": num_parameters, **split.metadata}
+        metadata = {"total_parameters": sum(math.prod(entry.shape) for entry in entries), **split.metadata}
         index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
