@@ -1,6 +1,7 @@
 """Checkpoints: tensors by canonical parameter name in safetensors, independent of the layout that wrote them."""
 
 from megameta.checkpoint.resume import check_resumable
+from megameta.checkpoint.save import StateEntry, StateSource, save_distributed, save_weights, write_checkpoint
 from megameta.checkpoint.store import (
     Checkpoint,
     TrainerState,
@@ -9,12 +10,14 @@ from megameta.checkpoint.store import (
     load_weights,
     open_checkpoint,
     prune,
-    save_weights,
-    write_checkpoint,
 )
+from megameta.checkpoint.tensor_file import StoredTensors
 
 __all__ = [
     "Checkpoint",
+    "StateEntry",
+    "StateSource",
+    "StoredTensors",
     "TrainerState",
     "check_resumable",
     "find_checkpoint",
@@ -22,6 +25,7 @@ __all__ = [
     "load_weights",
     "open_checkpoint",
     "prune",
+    "save_distributed",
     "save_weights",
     "write_checkpoint",
 ]

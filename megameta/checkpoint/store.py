@@ -1,44 +1,51 @@
-"""The form of a checkpoint on disk.
+"""The form of a checkpoint on disk, and how one is found, checked and read.
 
     RUN/checkpoints/step_00000200/
-        model.safetensors       weights by canonical name, float32, in full, vocabulary padding left out
-        optimizer.safetensors   AdamW's moments: exp_avg.NAME and exp_avg_sq.NAME
-        trainer.json            step, data position, counts, loss scale
-        config.yaml             the resolved configuration of the run
-        manifest.json           format, sizes and SHA-256 of the files above
-    RUN/checkpoints/latest      name of the newest whole checkpoint, moved last
+        model-00001-of-00004.safetensors      weights by canonical name, float32, in full, vocabulary padding left out
+        optimizer-00001-of-00004.safetensors  AdamW's moments: exp_avg.NAME and exp_avg_sq.NAME
+        …                                     one of each for every rank that wrote some; which tensor is in which file
+                                              means nothing
+        trainer.json                          step, data position, counts, loss scale
+        config.yaml                           the resolved configuration of the run
+        manifest.json                         sizes and SHA-256 of the files above, and of itself (``manifest``)
+    RUN/checkpoints/latest                    name of the newest whole checkpoint, moved last
 
-A checkpoint appears under its name when it is whole: it is written beside it, synced, and renamed. One made of
-weights alone (converted from elsewhere) has no optimizer.safetensors and no trainer.json.
+The tensors are those of the plain ``GPT`` whatever layout trained them, so that any layout reads what any other wrote:
+whole or by slice, as it needs them. Any safetensors program can read them, too.
+
+A checkpoint appears under its name when it is whole: it is written beside it, synced, and renamed (``save``). One made
+of weights alone (converted from elsewhere) has no optimizer files and no trainer.json. Version 1, which one process
+wrote into model.safetensors and optimizer.safetensors, is read like version 2.
+
+Where several nodes take part, RUN is in a file system that they share.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from megameta.checkpoint.files import sha256, write_text_atomically
+from megameta.checkpoint.manifest import (
+    CONFIG,
+    KINDS,
+    MANIFEST,
+    REMEDY,
+    SUFFIX,
+    TRAINER,
+    Manifest,
+    kind_of,
+    read_manifest,
+)
+from megameta.checkpoint.ranks import Alone, Ranks, exchange
+from megameta.checkpoint.tensor_file import StoredTensors
 from megameta.config import RunConfig, build_config
 from megameta.errors import UserError
-from megameta.model import ModelConfig
 
-FORMAT = "megameta-checkpoint"
-VERSION = 1
-WEIGHTS, OPTIMIZER, TRAINER, CONFIG, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "trainer.json",
-    "config.yaml",
-    "manifest.json",
-)
 LATEST = "latest"
 
 
@@ -65,23 +72,35 @@ class Checkpoint:
 
     path: Path
     config: RunConfig
+    manifest: Manifest
 
-    def weights(self) -> dict[str, Tensor]:
-        """Weights by canonical name, on the CPU."""
-        return _read_tensors(self.path / WEIGHTS)
+    def weights(self) -> StoredTensors:
+        """Weights by canonical name; read from the files when they are asked for."""
+        return self._tensors("model")
 
-    def moments(self) -> dict[str, Tensor]:
-        """AdamW's moments, on the CPU."""
-        return _read_tensors(self.path / OPTIMIZER)
+    def moments(self) -> StoredTensors:
+        """AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME; read when they are asked for."""
+        return self._tensors("optimizer")
+
+    def _tensors(self, kind: str) -> StoredTensors:
+        return StoredTensors([self.path / name for name in self.manifest.tensor_files(kind)])
 
     @property
     def has_trainer(self) -> bool:
         """Whether training can go on from it; otherwise it holds weights alone."""
-        return (self.path / TRAINER).exists()
+        return TRAINER in self.manifest.files
 
     def trainer(self) -> TrainerState:
-        """Where the run stood."""
-        return TrainerState(**json.loads((self.path / TRAINER).read_text(encoding="utf-8")))
+        """Where the run stood.
+
+        Raises:
+            UserError: the file is not there or not readable.
+        """
+        path = self.path / TRAINER
+        try:
+            return TrainerState(**json.loads(path.read_bytes().decode("utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: missing or not readable ({error}); {REMEDY}") from error
 
 
 def step_name(step: int) -> str:
@@ -89,43 +108,7 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_checkpoint(
-    path: Path,
-    config: RunConfig,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor] | None = None,
-    trainer: TrainerState | None = None,
-) -> None:
-    """Write a checkpoint directory, whole or not at all; one of the same name is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        save_file(dict(weights), work / WEIGHTS, metadata={"format": "pt"})
-        if moments is not None:
-            save_file(dict(moments), work / OPTIMIZER, metadata={"format": "pt"})
-        if trainer is not None:
-            (work / TRAINER).write_text(json.dumps(dataclasses.asdict(trainer), indent=1), encoding="utf-8")
-        (work / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(work.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "files": files}
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in work.iterdir():
-            _sync(file)
-        _sync(work)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            work.rename(path)
-            shutil.rmtree(old)
-        else:
-            work.rename(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+# --- the newest one -------------------------------------------------------------------------------------------------
 
 
 def point_latest(path: Path) -> None:
@@ -133,38 +116,59 @@ def point_latest(path: Path) -> None:
     write_text_atomically(path.parent / LATEST, path.name + "\n")
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a small file, whole or not at all."""
-    work = path.with_name(f".{path.name}.writing")
-    with work.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
-    _sync(path.parent)
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run directory, None where there is none.
+
+    Raises:
+        UserError: the file ``latest`` is damaged or names no checkpoint.
+    """
+    directory = run_dir / "checkpoints"
+    return directory / _read_latest(directory) if (directory / LATEST).exists() else None
+
+
+def _read_latest(directory: Path) -> str:
+    pointer = directory / LATEST
+    try:
+        name = pointer.read_bytes().decode("utf-8").strip()
+        plain = name.isprintable() and Path(name).name == name and len(name) < 200
+        there = plain and (directory / name / MANIFEST).is_file()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{pointer}: not readable ({error}); {_what_to_point_to(directory)}") from error
+    if not there:
+        raise UserError(f"{pointer}: names {name[:80]!r}, which is no checkpoint; {_what_to_point_to(directory, name)}")
+    return name
+
+
+def _what_to_point_to(directory: Path, name: str = "") -> str:
+    found = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+    # A process that was killed while it replaced a checkpoint by another of the same name (files.replace_directory).
+    if f".{name}.old" in found:
+        return f"rename {directory}/.{name}.old to {name}: it was being replaced when the writing process was killed"
+    names = [found_name for found_name in found if not found_name.startswith(".")]
+    if not names:
+        return f"there is no checkpoint in {directory}: copy one back, or remove this file to start from the beginning"
+    return f"write the name of a checkpoint into it, the newest being {names[-1]}"
 
 
 def prune(directory: Path, keep: int) -> None:
     """Remove the oldest checkpoints beyond ``keep``, and unfinished ones. The one that ``latest`` names is the newest.
 
     Those of steps after ``latest`` go first: the run was taken back to an earlier one (a loss spike, a damaged file),
-    and what they were part of is abandoned.
+    and what they were part of is abandoned. The one that ``latest`` names always stays.
+
+    Raises:
+        UserError: ``latest`` names no checkpoint; nothing has been removed.
     """
+    latest = _read_latest(directory)
     for path in [*directory.glob(".step_*.old"), *directory.glob(".step_*.writing")]:
         shutil.rmtree(path)
-    latest = (directory / LATEST).read_text(encoding="utf-8").strip()
-    for path in sorted(directory.glob("step_*"), key=lambda path: (path.name <= latest, path.name))[:-keep]:
+    for path in sorted(directory.glob("step_*"), key=lambda path: (path.name <= latest, path.name))[: -max(keep, 1)]:
         # renamed first, so that what is left of an interrupted removal does not look like a checkpoint
         doomed = path.rename(path.with_name(f".{path.name}.old"))
         shutil.rmtree(doomed)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run directory, None where there is none."""
-    pointer = run_dir / "checkpoints" / LATEST
-    if not pointer.exists():
-        return None
-    return run_dir / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+# --- opening --------------------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -181,63 +185,94 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     raise UserError(f"{given}: neither a checkpoint (no {MANIFEST}) nor a run with one (no checkpoints/{LATEST})")
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+@dataclasses.dataclass
+class _Findings:
+    """What one rank has seen of a checkpoint."""
+
+    checkpoint: Checkpoint | None = None
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    """(name of the file, message); the name is empty where the trouble is with the whole."""
+    tensors: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """Tensors by kind in the files that this rank has read."""
+
+
+def open_checkpoint(path: str | os.PathLike[str], topology: Ranks | None = None) -> Checkpoint:
     """Find a checkpoint and check every file against the manifest.
+
+    With a topology of several ranks it is collective over torch.distributed's default group: each rank hashes a share
+    of the files, and all of them return or all raise the same error.
 
     Raises:
         UserError: a file is missing, cut short or altered, or the format is not this one.
     """
-    directory = find_checkpoint(path)
-    remedy = "use an older checkpoint of the run (write its name into checkpoints/latest) or copy this one again"
+    ranks = topology or Alone()
+    mine = _inspect(path, ranks)
+    seen = exchange((mine.problems, mine.tensors), ranks)
+    problems = [(name, rank, text) for rank, (found, _) in enumerate(seen) for name, text in found]
+    checkpoint = mine.checkpoint
+    if problems or checkpoint is None:  # none, and no problem anywhere: cannot be
+        _, rank, text = min(problems)
+        raise UserError(text if rank == 0 else f"{text} (seen by rank {rank})")
+    expected = checkpoint.manifest.tensors
+    for kind in KINDS:
+        total = sum(tensors[kind] for _, tensors in seen)
+        if expected is not None and total != expected[kind]:
+            files = ", ".join(checkpoint.manifest.tensor_files(kind)) or f"no {kind} file"
+            raise UserError(f"{checkpoint.path}: {total} instead of {expected[kind]} tensors in {files}; {REMEDY}")
+    return checkpoint
+
+
+def _inspect(path: str | os.PathLike[str], ranks: Ranks) -> _Findings:
+    """Check a share of the files. No error leaves it: the other ranks wait for what this one has found."""
+    result = _Findings()
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        kind, version = manifest["format"], manifest["version"]
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / MANIFEST}: missing or not readable ({error}); {remedy}") from error
-    if kind != FORMAT or version != VERSION:
-        raise UserError(f"{directory}: format {kind} version {version}; this program reads {FORMAT} version {VERSION}")
-    for name, (size, digest) in files.items():
-        file = directory / name
+        directory = find_checkpoint(path)
+        manifest = read_manifest(directory)
+        unlisted = sorted({file.name for file in directory.glob(f"*{SUFFIX}")} - manifest.files.keys())
+    except (UserError, OSError) as error:
+        result.problems.append(("", str(error)))
+        return result
+    for name in unlisted:
+        text = f"{directory / name}: not in {MANIFEST}; move it out of the checkpoint if it is not part of it, else"
+        result.problems.append((name, f"{text} {REMEDY}"))
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))
+    for name in by_size[ranks.rank :: ranks.world_size]:
+        try:
+            _check_file(directory / name, *manifest.files[name])
+            kind = kind_of(name)
+            if kind is not None:
+                result.tensors[kind] += len(StoredTensors([directory / name]))
+        except UserError as error:
+            result.problems.append((name, str(error)))
+    if not any(name == CONFIG for name, _ in result.problems):
+        try:
+            result.checkpoint = Checkpoint(directory, _read_config(directory / CONFIG), manifest)
+        except UserError as error:
+            result.problems.append((CONFIG, str(error)))
+    return result
+
+
+def _check_file(file: Path, size: int, digest: str) -> None:
+    try:
         if not file.is_file():
-            raise UserError(f"{file}: missing; {remedy}")
+            raise UserError(f"{file}: missing; {REMEDY}")
         if file.stat().st_size != size:
-            raise UserError(f"{file}: {file.stat().st_size} bytes instead of {size}; {remedy}")
-        if _sha256(file) != digest:
-            raise UserError(f"{file}: its content is not what was written (SHA-256 differs); {remedy}")
-    raw = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    return Checkpoint(directory, build_config(raw, str(directory / CONFIG)))
+            raise UserError(f"{file}: {file.stat().st_size} bytes instead of {size}; {REMEDY}")
+        if sha256(file) != digest:
+            raise UserError(f"{file}: its content is not what was written (SHA-256 differs); {REMEDY}")
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error}); {REMEDY}") from error
 
 
-def load_weights(path: str | os.PathLike[str]) -> tuple[RunConfig, dict[str, Tensor]]:
+def _read_config(file: Path) -> RunConfig:
+    try:
+        raw = yaml.safe_load(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: missing or not readable ({error}); {REMEDY}") from error
+    return build_config(raw, str(file))
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[RunConfig, StoredTensors]:
     """Configuration and weights (float32, logical rows, by canonical name) of a checkpoint or a run's latest one."""
     checkpoint = open_checkpoint(path)
     return checkpoint.config, checkpoint.weights()
-
-
-def save_weights(
-    path: str | os.PathLike[str], model: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: str | None
-) -> None:
-    """Write a checkpoint of weights alone, from which ``init.from_checkpoint`` starts."""
-    config = build_config({"model": model.to_dict(), "data": {"tokenizer": tokenizer}})
-    write_checkpoint(Path(path), config, {name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

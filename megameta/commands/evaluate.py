@@ -1,6 +1,7 @@
 """``megameta evaluate``: held-out loss of a checkpoint or a HuggingFace export, in one process without DeepSpeed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def evaluate(source: str, overrides: list[str], *, json_path: str | None = None)
     return 0
 
 
-def load_source(source: str, overrides: list[str]) -> tuple[RunConfig, dict[str, torch.Tensor]]:
+def load_source(source: str, overrides: list[str]) -> tuple[RunConfig, Mapping[str, torch.Tensor]]:
     """Configuration (with overrides) and weights of a checkpoint, a run or an export."""
     if (Path(source) / "config.json").is_file():
         from megameta.hf.importer import import_from_hf
@@ -61,7 +62,7 @@ def load_source(source: str, overrides: list[str]) -> tuple[RunConfig, dict[str,
             "train": {"num_steps": 1},
             "optimizer": {"warmup_steps": 0},
         }
-        weights = imported.tensors
+        weights: Mapping[str, torch.Tensor] = imported.tensors
     else:
         checkpoint = open_checkpoint(source)
         raw, weights = checkpoint.config.to_dict(), checkpoint.weights()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ from megameta.data.tokenizer import Tokenizer
 from megameta.errors import UserError
 from megameta.hf.bundle import MODELING_FILE, bundle_source
 from megameta.hf.card import make_card
-from megameta.hf.gpt2 import fits_gpt2, make_gpt2_config, to_gpt2
-from megameta.hf.names import check_tensors, to_hf_name
+from megameta.hf.gpt2 import fits_gpt2, make_gpt2_config
+from megameta.hf.names import check_tensors
+from megameta.hf.shards import as_exported, cast, write_shards
 from megameta.hf.verify import verify_export
 from megameta.model import ModelConfig
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig
 
 #: Classes that transformers' Auto classes find in the modeling file.
 AUTO_MAP = {
@@ -46,7 +48,8 @@ def export_to_hf(
     """Write safetensors, config.json, generation_config.json, the modeling file, tokenizer files and a model card.
 
     A model that GPT2LMHeadModel computes exactly (``fits_gpt2``) becomes that, without a modeling file. The directory
-    appears under its name only when it is whole and has been verified (``verify_export``).
+    appears under its name only when it is whole and has been verified (``verify_export``). Tensors are asked for one by
+    one, and no more than a layer of them is kept: with a lazy mapping (``StoredTensors``) no model is ever in memory.
 
     Args:
         tensors: logical tensors (no padding rows) by canonical name in the plain ``GPT``.
@@ -67,14 +70,14 @@ def export_to_hf(
     config = dataclasses.replace(config, attention_backend="auto")
     check_tensors(config, tensors, "the model to export")
     _check_tokenizer(config, tokenizer)
-    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    stored = cast(tensors, dtype)
+    num_parameters = sum(math.prod(stored.shape(name)) for name in stored)
+    stored_dtype = stored.entry(next(iter(stored))).dtype
     with _appears_whole(output, overwrite) as directory:
         pad_id = _write_tokenizer(config, tokenizer, directory)
-        model = _make_model(config, tensors)
-        model.generation_config = _generation_config(config, tokenizer, pad_id)
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
-        for file in directory.glob("*.safetensors"):  # written for their owner alone, unlike the other files
-            file.chmod((directory / "config.json").stat().st_mode & 0o777)
+        _hf_config(config, stored_dtype).save_pretrained(directory)
+        _generation_config(config, tokenizer, pad_id).save_pretrained(directory)
+        write_shards(directory, as_exported(config, stored), max_shard_size)
         stock = fits_gpt2(config)
         if not stock:
             (directory / MODELING_FILE).write_text(bundle_source(), encoding="utf-8")
@@ -82,13 +85,12 @@ def export_to_hf(
             config,
             card or {},
             stock=stock,
-            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-            dtype=str(model.dtype).removeprefix("torch."),
+            num_parameters=num_parameters,
+            dtype=str(stored_dtype).removeprefix("torch."),
             has_tokenizer=tokenizer is not None,
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
-        del model
-        verify_export(directory, config, tensors)
+        verify_export(directory, config, stored)
     return output
 
 
@@ -136,26 +138,21 @@ def _appears_whole(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
-def _make_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> "PreTrainedModel":
-    """The HuggingFace model around the very tensors (no copy but where GPT-2's layout differs)."""
-    from transformers import GPT2LMHeadModel
+def _hf_config(config: ModelConfig, dtype: torch.dtype) -> "PretrainedConfig":
+    """What becomes config.json."""
+    from megameta.hf.modeling import MegametaConfig
 
-    from megameta.hf.modeling import MegametaConfig, MegametaForCausalLM
-
-    model: PreTrainedModel
-    with torch.device("meta"):
-        if fits_gpt2(config):
-            model = GPT2LMHeadModel(make_gpt2_config(config))
-            named = to_gpt2(config, tensors)
-        else:
-            module = MODELING_FILE.removesuffix(".py")
-            auto_map = {auto: f"{module}.{name}" for auto, name in AUTO_MAP.items()}
-            model = MegametaForCausalLM(MegametaConfig.from_model_config(config, auto_map=auto_map))
-            named = {to_hf_name(name): tensor for name, tensor in tensors.items()}
-    model.load_state_dict(named, strict=False, assign=True)
-    model.tie_weights()
-    model.config.dtype = next(iter(named.values())).dtype
-    return model
+    result: PretrainedConfig
+    if fits_gpt2(config):
+        result, result_class = make_gpt2_config(config), "GPT2LMHeadModel"
+    else:
+        module = MODELING_FILE.removesuffix(".py")
+        auto_map = {auto: f"{module}.{name}" for auto, name in AUTO_MAP.items()}
+        result_class = AUTO_MAP["AutoModelForCausalLM"]
+        result = MegametaConfig.from_model_config(config, auto_map=auto_map)
+    result.architectures = [result_class]
+    result.dtype = str(dtype).removeprefix("torch.")
+    return result
 
 
 def _write_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None, directory: Path) -> int | None:

@@ -4,12 +4,14 @@ GPT-2 keeps query, key and value in one matrix, stores matrices transposed (Conv
 everywhere; where the training model has none, they are zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megameta.checkpoint.tensor_file import MadeTensors, TensorEntry, entry_of
 from megameta.errors import UserError
 from megameta.model import ModelConfig
 
@@ -69,29 +71,48 @@ def make_gpt2_config(config: ModelConfig) -> "GPT2Config":
     )
 
 
-def to_gpt2(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical tensors to GPT2LMHeadModel's."""
-    result = {
-        "transformer.wte.weight": tensors["embedding.tokens.weight"],
-        "transformer.wpe.weight": tensors["embedding.positions.weight"],
-    }
-    if not config.tie_embeddings:
-        result["lm_head.weight"] = tensors["head.output.weight"]
+def to_gpt2(config: ModelConfig, tensors: Mapping[str, Tensor]) -> MadeTensors:
+    """Canonical tensors as GPT2LMHeadModel's, each made when it is asked for."""
+    made: dict[str, tuple[TensorEntry, Callable[[], Tensor]]] = {}
+
+    def same(target: str, source: str) -> None:
+        made[target] = (entry_of(tensors, source)._replace(name=target), partial(tensors.__getitem__, source))
 
     def both(target: str, sources: tuple[str, ...]) -> None:
-        weights = [tensors[f"{source}.weight"] for source in sources]
-        biases = [
-            tensors.get(f"{source}.bias", weight.new_zeros(len(weight))) for source, weight in zip(sources, weights)
-        ]
-        result[f"{target}.weight"] = torch.cat(weights).T.contiguous() if weights[0].ndim == 2 else weights[0]
-        result[f"{target}.bias"] = torch.cat(biases)
+        first = entry_of(tensors, f"{sources[0]}.weight")
+        rows = sum(entry_of(tensors, f"{source}.weight").shape[0] for source in sources)
+        shape = (first.shape[1], rows) if len(first.shape) == 2 else (rows,)
+        weight = TensorEntry(f"{target}.weight", shape, first.dtype)
+        made[weight.name] = (weight, partial(_weight, tensors, sources))
+        bias = TensorEntry(f"{target}.bias", (rows,), first.dtype)
+        made[bias.name] = (bias, partial(_bias, tensors, sources))
 
+    same("transformer.wte.weight", "embedding.tokens.weight")
+    same("transformer.wpe.weight", "embedding.positions.weight")
+    if not config.tie_embeddings:
+        same("lm_head.weight", "head.output.weight")
     for layer in range(config.num_layers):
         for target, source in _BLOCK.items():
             both(f"transformer.h.{layer}.{target}", (f"blocks.{layer}.{source}",))
         both(f"transformer.h.{layer}.attn.c_attn", tuple(f"blocks.{layer}.{source}" for source in _QKV))
     both("transformer.ln_f", ("head.norm",))
-    return result
+    return MadeTensors(made)
+
+
+def _weight(tensors: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
+    weights = [tensors[f"{source}.weight"] for source in sources]
+    return torch.cat(weights).T.contiguous() if weights[0].ndim == 2 else weights[0]
+
+
+def _bias(tensors: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
+    biases = []
+    for source in sources:
+        if f"{source}.bias" in tensors:
+            biases.append(tensors[f"{source}.bias"])
+        else:
+            weight = entry_of(tensors, f"{source}.weight")
+            biases.append(torch.zeros(weight.shape[0], dtype=weight.dtype))
+    return torch.cat(biases)
 
 
 def from_gpt2(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

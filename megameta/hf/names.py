@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megameta.checkpoint.tensor_file import entry_of
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
 
@@ -47,9 +48,9 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], source: st
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is no parameter of this model" for name in tensors if name not in expected]
     wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
+        f"{name} has shape {entry_of(tensors, name).shape}, not {shape}"
         for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        if name in tensors and entry_of(tensors, name).shape != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -1,14 +1,20 @@
 """Checkpoints on disk: whole or not at all, every byte checked, the right ones removed."""
 
+import contextlib
+import hashlib
 import json
 import os
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megameta.checkpoint import store
+from megameta.checkpoint import files, save, store
+from megameta.checkpoint.manifest import read_manifest
+from megameta.checkpoint.save import save_weights, write_checkpoint
 from megameta.checkpoint.store import (
     TrainerState,
     find_checkpoint,
@@ -17,15 +23,15 @@ from megameta.checkpoint.store import (
     open_checkpoint,
     point_latest,
     prune,
-    save_weights,
     step_name,
-    write_checkpoint,
 )
+from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.config import build_config
 from megameta.errors import UserError
 from megameta.model import ModelConfig
 
 CONFIG = build_config({"optimizer": {"lr": 6e-4}, "data": {"skip": [[1, 3]], "train": "x"}})
+MODEL, OPTIMIZER = "model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors"
 STATE = TrainerState(step=7, next_batch=9, tokens=100, targets=80, optimizer_step=6, loss_scale={"scale": 2.0})
 
 
@@ -50,9 +56,7 @@ def test_round_trip(written):
     assert checkpoint.weights().keys() == {"a.weight", "b"}
     assert torch.equal(checkpoint.weights()["a.weight"], torch.ones(3, 2))
     assert checkpoint.moments().keys() == {"exp_avg.b", "exp_avg_sq.b"}
-    assert {p.name for p in written.iterdir()} == {
-        *("model.safetensors", "optimizer.safetensors", "trainer.json", "config.yaml", "manifest.json")
-    }
+    assert {p.name for p in written.iterdir()} == {*(MODEL, OPTIMIZER, "trainer.json", "config.yaml", "manifest.json")}
     assert [p.name for p in written.parent.iterdir()] == [written.name], "nothing is left beside it"
 
 
@@ -65,7 +69,7 @@ def test_weights_alone(tmp_path):
     assert not open_checkpoint(tmp_path / "w").has_trainer
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.yaml"])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "trainer.json", "config.yaml"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer", "missing", "empty"])
 def test_every_damage_to_every_file_is_named(written, name, damage):
     file = written / name
@@ -90,38 +94,133 @@ def test_a_bad_manifest_is_named(written, text):
         open_checkpoint(written)
 
 
-def test_every_flipped_bit_of_the_manifest_is_noticed_or_harmless(written):
-    original = (written / "manifest.json").read_bytes()
-    weights = open_checkpoint(written).weights()
+def test_every_damage_to_the_manifest_is_noticed(written):
+    """Each bit flipped, and a cut after each byte."""
+    path = written / "manifest.json"
+    original = path.read_bytes()
     for place in range(len(original)):
-        data = bytearray(original)
-        data[place] ^= 1
-        (written / "manifest.json").write_bytes(data)
-        try:
-            again = open_checkpoint(written).weights()
-        except UserError:
-            continue
-        assert all(torch.equal(again[k], weights[k]) for k in weights)
+        for bit in range(8):
+            path.write_bytes(original[:place] + bytes([original[place] ^ 1 << bit]) + original[place + 1 :])
+            with pytest.raises(UserError, match=r"manifest\.json"):
+                read_manifest(written)
+        path.write_bytes(original[:place])
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            read_manifest(written)
+    path.write_bytes(original)
+    open_checkpoint(written)
 
 
-def test_another_version_is_refused(written):
-    manifest = json.loads((written / "manifest.json").read_text())
-    (written / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(UserError, match=r"version 2; this program reads megameta-checkpoint version 1"):
+def test_damage_anywhere_is_noticed(written):
+    """A flipped bit, or a cut, at random places of all files together: the larger a file, the more of them."""
+    paths = sorted(written.iterdir())
+    contents = {path: path.read_bytes() for path in paths}
+    draw = random.Random(1)
+    for number in range(80):
+        path = draw.choices(paths, [len(contents[path]) for path in paths])[0] if number % 2 else draw.choice(paths)
+        data = bytearray(contents[path])
+        place = draw.randrange(len(data))
+        data[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(data if number % 4 else contents[path][:place])
+        with pytest.raises(UserError, match=str(written)):
+            open_checkpoint(written)
+        path.write_bytes(contents[path])
+    open_checkpoint(written)
+
+
+def rewrite_manifest(directory, change):
+    """A manifest that says something else and whose own hash is right."""
+    content = json.loads((directory / "manifest.json").read_text())
+    content.pop("sha256")
+    change(content)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    (directory / "manifest.json").write_text(json.dumps({**content, "sha256": hashlib.sha256(text).hexdigest()}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].pop(MODEL), "lists no model"),
+        (lambda m: m["files"].pop(OPTIMIZER), f"{OPTIMIZER}: not in manifest.json"),
+        (lambda m: m["files"].pop("config.yaml"), "does not list config.yaml"),
+        (
+            lambda m: m["files"].update({"model-00003-of-00003.safetensors": m["files"][MODEL]}),
+            "is not all of the model",
+        ),
+        (lambda m: m["files"].update({"../x": m["files"][MODEL]}), "no plain file name"),
+        (lambda m: m["tensors"].update(model=3), f"2 instead of 3 tensors in {MODEL}"),
+        (lambda m: m["tensors"].update(optimizer=1), f"2 instead of 1 tensors in {OPTIMIZER}"),
+        (lambda m: m.pop("tensors"), "not readable"),
+        (lambda m: m["files"][MODEL].pop("bytes"), "not readable"),
+        (lambda m: m.update(version=3), r"version 3; this program reads megameta-checkpoint versions 1 and 2"),
+    ],
+    ids=[
+        *("no model", "no optimizer", "no config", "gap", "path", "a tensor less", "a tensor more"),
+        *("no counts", "no size", "version"),
+    ],
+)
+def test_a_manifest_of_other_files_is_refused(written, change, message):
+    rewrite_manifest(written, lambda content: None)
+    open_checkpoint(written)
+    rewrite_manifest(written, change)
+    with pytest.raises(UserError, match=message):
         open_checkpoint(written)
+
+
+@pytest.mark.parametrize("name", ["trainer.json", "config.yaml"])
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[1", b"3", b"{a: b: c}"], ids=["binary", "cut", "number", "colons"])
+def test_small_files_that_match_the_manifest_and_make_no_sense(written, name, data):
+    (written / name).write_bytes(data)
+    digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite_manifest(written, lambda content: content["files"].update({name: digest}))
+    with pytest.raises(UserError, match=name):
+        open_checkpoint(written).trainer()
+
+
+def test_version_1_is_read(tmp_path):
+    """As one process used to write it."""
+    path = tmp_path / "checkpoints" / step_name(7)
+    path.mkdir(parents=True)
+    save_file(tensors(3.0), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(moments(), path / "optimizer.safetensors", metadata={"format": "pt"})
+    (path / "trainer.json").write_text(json.dumps(vars(STATE), indent=1))
+    (path / "config.yaml").write_text(CONFIG.to_yaml())
+    listed = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in sorted(path.iterdir())
+    }
+    text = json.dumps({"format": "megameta-checkpoint", "version": 1, "files": listed}, indent=1)
+    (path / "manifest.json").write_text(text)
+    point_latest(path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == CONFIG and checkpoint.trainer() == STATE and checkpoint.has_trainer
+    assert {k: v.tolist() for k, v in checkpoint.weights().items()} == {k: v.tolist() for k, v in tensors(3.0).items()}
+    assert checkpoint.moments().keys() == {"exp_avg.b", "exp_avg_sq.b"}
+    (path / "optimizer.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+        open_checkpoint(path)
 
 
 class Crash(BaseException):
     """The process ends here."""
 
 
-#: Everything that touches the disk, in the module as it calls it.
-STEPS = ["save_file", "_sha256", "_sync", "Path.write_text", "Path.rename", "Path.mkdir"]
+#: Everything that touches the disk, where it is called.
+STEPS = {
+    "open": (TensorWriter, "__init__"),
+    "write": (TensorWriter, "write"),
+    "close": (TensorWriter, "close"),
+    "fsync": (os, "fsync"),
+    "small files": (save, "write_synced"),
+    "directory": (save, "sync"),
+    "its parent": (files, "sync"),
+    "rename": (Path, "rename"),
+    "mkdir": (Path, "mkdir"),
+}
 
 
 def fail_at(monkeypatch, name, call, error):
-    """The ``call``-th call of a function raises; False if there are not as many."""
-    owner, attribute = (store.Path, name.partition(".")[2]) if "." in name else (store, name)
+    """The ``call``-th call of a function raises; the number of calls, in a list."""
+    owner, attribute = STEPS[name]
     real, calls = getattr(owner, attribute), [0]
 
     def wrapped(*args, **kwargs):
@@ -148,6 +247,8 @@ def test_whole_or_not_at_all(tmp_path, name, error):
             try:
                 write_checkpoint(new, CONFIG, tensors(2.0), moments(), STATE)
                 point_latest(new)
+            except UserError as failed:
+                assert "No space left on device" in str(failed) and "free space" in str(failed)
             except (OSError, Crash):
                 pass
         found = open_checkpoint(folder.parent)
@@ -163,6 +264,24 @@ def test_whole_or_not_at_all(tmp_path, name, error):
         if calls[0] < call:
             break
     assert 2 <= call < 19
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Crash()], ids=["disk full", "crash"])
+def test_the_one_of_the_same_name_stays_or_is_replaced(tmp_path, name, error):
+    for call in range(1, 20):
+        path = tmp_path / f"{call}" / step_name(8)
+        write_checkpoint(path, CONFIG, tensors(1.0), moments(), STATE)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = fail_at(patch, name, call, error)
+            with contextlib.suppress(UserError, Crash):
+                write_checkpoint(path, CONFIG, tensors(2.0), moments(), STATE)
+        value = open_checkpoint(path).weights()["a.weight"]
+        assert torch.equal(value, torch.full((3, 2), 1.0)) or torch.equal(value, torch.full((3, 2), 2.0))
+        assert not list(path.parent.glob(".*.writing"))
+        if calls[0] < call:
+            break
+    assert 2 <= call < 19 and float(value[0, 0]) == 2.0
 
 
 def test_a_kill_leaves_files_that_are_no_checkpoint(tmp_path):
@@ -226,6 +345,21 @@ def test_prune(tmp_path, steps, latest, keep, left):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", *map(step_name, left)]
 
 
+def test_prune_never_removes_what_latest_names(tmp_path):
+    """Whatever keep is, and whatever lies beside it."""
+    for keep in (0, 1, 2, 5):
+        make_steps(tmp_path, [3, 5, 7], 5)
+        for name in ("step_00000009", "step_00000004", "step_x"):  # left by something else
+            (tmp_path / name).mkdir(exist_ok=True)
+        prune(tmp_path, keep)
+        assert open_checkpoint(tmp_path / step_name(5)).path.name == step_name(5)
+    shutil.rmtree(tmp_path / step_name(5))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="names 'step_00000005'"):
+        prune(tmp_path, 1)
+    assert sorted(tmp_path.iterdir()) == before, "nothing goes while it is not known which is the newest"
+
+
 def test_prune_goes_on_after_one_that_was_interrupted(tmp_path, monkeypatch):
     make_steps(tmp_path, [1, 2, 3], 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -244,4 +378,44 @@ def test_neither_checkpoint_nor_run(tmp_path):
 
 
 def test_weights_are_float32_and_whole_on_disk(written):
-    assert {t.dtype for t in load_file(written / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(written / MODEL).values()} == {torch.float32}
+    write_checkpoint(written, CONFIG, {"a": torch.ones(2, dtype=torch.bfloat16)})
+    assert load_file(written / MODEL)["a"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff\x00\x81", "not readable"),
+        (b"", "names ''"),
+        (b"\x00\x01", "no checkpoint"),
+        (b"step_00000009\n", "names 'step_00000009'"),
+        (b"../step_00000007", "no checkpoint"),
+        (b"/", "no checkpoint"),
+        (b"x" * 5000, "no checkpoint"),
+    ],
+    ids=["binary", "empty", "control", "absent", "outside", "root", "long"],
+)
+def test_a_damaged_pointer_says_what_to_write_into_it(written, data, message):
+    run_dir = written.parent.parent
+    write_checkpoint(written.with_name(step_name(5)), CONFIG, tensors())
+    (written.parent / "latest").write_bytes(data)
+    for use in (latest_checkpoint, find_checkpoint, open_checkpoint, lambda path: prune(path / "checkpoints", 1)):
+        with pytest.raises(UserError, match=rf"(?s)checkpoints/latest: .*{message}.*into it, .* {step_name(7)}"):
+            use(run_dir)
+    assert {path.name for path in written.parent.iterdir()} == {"latest", step_name(5), step_name(7)}
+
+
+def test_a_pointer_where_nothing_is_left(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000001\n")
+    with pytest.raises(UserError, match="remove this file to start from the beginning"):
+        open_checkpoint(tmp_path)
+
+
+def test_killed_between_the_two_renames(written):
+    """The one moment at which a name has no checkpoint: the message says how to get it back."""
+    point_latest(written)
+    written.rename(written.with_name(f".{written.name}.old"))
+    with pytest.raises(UserError, match=rf"rename .*\.{written.name}\.old to {written.name}"):
+        open_checkpoint(written.parent.parent)
