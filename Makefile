@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench clean
+.PHONY: help quickstart test test-grid torture check bench clean
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
@@ -24,6 +24,9 @@ help:
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/python tools/quickstart.py $(ARGS)
+
+test-grid: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/parity_grid.py --output docs/parity.md $(ARGS)
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest $(ARGS)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megameta.checkpoint import open_checkpoint
-from megameta.checkpoint.store import write_text_atomically
+from megameta.checkpoint.files import write_text_atomically
 from megameta.config import RunConfig, apply_overrides, build_config
 from megameta.errors import UserError
 from megameta.parallel.launch import pick_device

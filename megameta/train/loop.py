@@ -19,9 +19,10 @@ from megameta.checkpoint import (
     latest_checkpoint,
     open_checkpoint,
     prune,
-    write_checkpoint,
+    save_distributed,
 )
-from megameta.checkpoint.store import point_latest, step_name, write_text_atomically
+from megameta.checkpoint.files import write_text_atomically
+from megameta.checkpoint.store import point_latest, step_name
 from megameta.config import RunConfig
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader, next_batch_number
@@ -63,7 +64,7 @@ class Trainer:
             global_batch_size=config.train.global_batch_size,
         )
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
-        weights = checkpoint.weights() if checkpoint else initial_weights(config)
+        weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)
         if checkpoint:
             self.state = checkpoint.trainer()
@@ -100,7 +101,7 @@ class Trainer:
         dist.broadcast_object_list(found)
         if found[0] is None:
             return None
-        checkpoint = open_checkpoint(found[0])
+        checkpoint = open_checkpoint(found[0], self.topology)
         check_resumable(checkpoint.config, self.config, str(checkpoint.path))
         return checkpoint
 
@@ -262,26 +263,19 @@ class Trainer:
         return int(found.name.rpartition("_")[2]) if found else 0
 
     def _save(self) -> None:
-        """Write a checkpoint on rank 0; ``latest`` moves when it is whole, and older ones go after that."""
+        """Every rank writes its share; ``latest`` moves when the checkpoint is whole, and older ones go after that."""
         state = replace(
             self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )
-        mine = {
-            (e.kind, e.name): t for e in self.engine.state.entries if (t := self.engine.state.gather(e)) is not None
-        }
-        everyone: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(everyone, mine)
-        weights = {k[1]: t for part in everyone for k, t in part.items() if k[0] == "model"}
-        moments = {k[1]: t for part in everyone for k, t in part.items() if k[0] == "optimizer"}
+        path = self.checkpoints / step_name(state.step)
+        save_distributed(path, self.config, self.engine.state, state, self.topology)
         failure: list[str | None] = [None]
         if self.topology.is_main:
-            path = self.checkpoints / step_name(state.step)
             try:
-                write_checkpoint(path, self.config, weights, moments, state)
                 point_latest(path)
                 prune(self.checkpoints, self.config.checkpoint.keep)
             except OSError as error:
-                failure = [f"cannot save {path}: {error}; free space or mend the disk, then start the run again"]
+                failure = [f"{path} is saved, but {error}; free space or mend the disk, then start the run again"]
         dist.broadcast_object_list(failure)
         if failure[0]:
             raise UserError(failure[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megameta.checkpoint.store import write_text_atomically
+from megameta.checkpoint.files import write_text_atomically
 from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops

@@ -1,6 +1,7 @@
 """Whether ranks that should hold the same numbers hold the same bits (train.check_replicas_every)."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ def differing_replicas(state: EngineState) -> list[str]:
     """
     topology = state.topology
     mine: dict[tuple[str, int, int], int] = {}
+    parameter: Any
     for name, parameter in state.parameters.items():
         shard = topology.tensor_parallel_rank if shard_dim(name) is not None else -1
         part = topology.data_parallel_rank if state.stage == 3 else -1
@@ -53,8 +55,8 @@ def check_replicas(state: EngineState, step: int) -> None:
                 [
                     f"step {step}: {len(found)} parameter(s) are not the same on all ranks that hold them:",
                     *found[:10],
-                    "a device, its memory or a collective has computed wrongly: go on from a checkpoint before this step"
-                    " (write its name into checkpoints/latest) without the machine in question",
+                    "a device, its memory or a collective has computed wrongly: go on from a checkpoint before this"
+                    " step (write its name into checkpoints/latest) without the machine in question",
                 ]
             )
         )

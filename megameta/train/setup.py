@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megameta.checkpoint import load_weights
+from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig, build_config, key_places, load_raw
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
@@ -155,8 +155,8 @@ def fill_parameters(
             parameter[piece.shape[0] :] = 0
 
 
-def initial_weights(config: RunConfig) -> Mapping[str, Tensor] | None:
-    """Weights of init.from_checkpoint, None where the run starts from drawn ones."""
+def initial_weights(config: RunConfig, topology: Topology) -> Mapping[str, Tensor] | None:
+    """Weights of init.from_checkpoint, None where the run starts from drawn ones. Collective."""
     if config.init.from_checkpoint is None:
         return None
-    return load_weights(config.init.from_checkpoint)[1]
+    return open_checkpoint(config.init.from_checkpoint, topology).weights()

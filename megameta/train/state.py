@@ -1,7 +1,6 @@
 """What an engine holds, by canonical name: weights, moments and gradients, in full or as shards, under every layout."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megameta.checkpoint import StateEntry
 from megameta.model import ModelConfig
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.tensor_parallel import shard_dim, shard_of
@@ -21,21 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_WRITERS = 8
 
 
-@dataclass(frozen=True)
-class StateEntry:
-    """One tensor of a checkpoint."""
-
-    kind: str
-    """"model" or "optimizer"."""
-    name: str
-    """Canonical name; of moments "exp_avg.NAME" and "exp_avg_sq.NAME"."""
-    shape: tuple[int, ...]
-    owner: int
-    """The rank that gets and writes it."""
-
-
 class EngineState:
-    """Access to the parameters of a DeepSpeed engine by their names in the plain ``GPT``.
+    """Access to the parameters of a DeepSpeed engine by their names in the plain ``GPT``; the source of a save.
 
     Args:
         engine: DeepSpeed's, made.

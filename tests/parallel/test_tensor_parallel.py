@@ -18,7 +18,19 @@ from megameta.train.setup import logical_shapes
 
 pytestmark = pytest.mark.timeout(300)
 
-FULL = ModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=8, num_key_value_heads=4, bias=True, qk_norm=True, activation="swiglu", tie_embeddings=False, position="ape", max_position_embeddings=16)  # fmt: skip
+FULL = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=8,
+    num_key_value_heads=4,
+    bias=True,
+    qk_norm=True,
+    activation="swiglu",
+    tie_embeddings=False,
+    position="ape",
+    max_position_embeddings=16,
+)
 
 
 def test_every_projection_is_in_the_table_and_nothing_else():
