@@ -189,10 +189,10 @@ def _report(cases: list[Case], results: dict[Case, Comparison], moved: dict[Case
         f" {platform.machine()}, torch {torch.__version__}, gloo, seed 11); what is compared and how stands in"
         " [parallel.md](parallel.md).",
         "",
-        f"float32, {STEPS} steps against a float64 loop over single samples in one process: the largest relative error"
-        " of any parameter's gradient before step 1 (by norm), of any step's loss and gradient norm, and of the"
-        f" held-out loss. Bounds: {', '.join(f'{bound:.0e}' for bound in TOLERANCE.values())}. Initial weights are bitwise those"
-        " of one process, and replicas bitwise equal after the last step, in every row that holds.",
+        f"float32, {STEPS} steps against a float64 loop over single samples in one process: the largest relative",
+        "error of any parameter's gradient before step 1 (by norm), of any step's loss and gradient norm, and of the",
+        f"held-out loss. Bounds: {', '.join(f'{bound:.0e}' for bound in TOLERANCE.values())}. Initial weights are bitwise",
+        "those of one process, and replicas bitwise equal after the last step, in every row that holds.",
         "",
         *_table(float32, results, ["gradient", "loss", "norm", "evaluation"]),
         "",
@@ -202,9 +202,9 @@ def _report(cases: list[Case], results: dict[Case, Comparison], moved: dict[Case
         "",
         "## Checkpoints that move",
         "",
-        f"Trained to step {MOVE_AT[0]} at {_layout(START)}, taken up by the layout of the row to step {MOVE_AT[1]}, and taken"
-        f" back to step {MOVE_AT[2]}. Bitwise: saved again as soon as they are loaded, weights and moments are the same bits,"
-        " on the way out and back. Loss: the largest relative deviation from the undisturbed float64 curve; bound 1e-05.",
+        f"Trained to step {MOVE_AT[0]} at {_layout(START)}, taken up by the layout of the row to step {MOVE_AT[1]}, and",
+        f"taken back to step {MOVE_AT[2]}. Bitwise: saved again as soon as they are loaded, weights and moments are the same",
+        "bits, out and back. Loss: the largest relative deviation from the undisturbed float64 curve; bound 1e-05.",
         "",
         "| layout | bitwise | loss there | loss back |",
         "|---|---|---|---|",

@@ -259,8 +259,8 @@ def compare_bf16(reports: list[dict[str, Any]], alone: list[dict[str, Any]], exp
 
 
 def bf16_errors(reports: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, float]:
-    """Of all gradients together, by norm; of losses and gradient norms, root mean square over the steps; of the held-out
-    loss, but at least that of the training losses (a single number may hit by chance)."""
+    """Of all gradients together, by norm; of losses and gradient norms, root mean square over the steps; of the
+    held-out loss, but at least that of the training losses (a single number may hit by chance)."""
     gradients = {name: g for report in reports for name, g in report.get("gradients", {}).items()}
     names = expected["gradients"]
     difference = math.sqrt(sum(float((gradients[n].double() - g).pow(2).sum()) for n, g in names.items()))
