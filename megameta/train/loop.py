@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 
 from megameta.checkpoint import (
@@ -24,6 +25,7 @@ from megameta.checkpoint import (
 from megameta.checkpoint.files import write_text_atomically
 from megameta.checkpoint.store import point_latest, step_name
 from megameta.config import RunConfig
+from megameta.data.counter_random import make_key
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader, next_batch_number
 from megameta.data.samples import Corpus, SampleIndex
@@ -187,6 +189,8 @@ class Trainer:
         batch_number = next_batch_number(state.next_batch, config.data.skip)
         following = next_batch_number(batch_number + 1, config.data.skip)
         step = state.step + 1
+        # Nothing here draws; what a user adds (dropout) draws the same after a resume and for every layout of a replica.
+        torch.manual_seed(make_key("step", config.run.seed, step, self.topology.data_parallel_rank) >> 1)
         lr = learning_rate(step, config.train.num_steps, config.optimizer)
         try:
             result = self.engine.train_step(self.loader.read(batch_number, following), lr)

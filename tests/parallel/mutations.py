@@ -1,6 +1,7 @@
 """Ways to break a layout, each put in while a case runs: the comparison must see every one of them."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -73,7 +74,13 @@ def doubled_reduce() -> Any:
 
 def unreduced_meta() -> Any:
     """The meta branch's output gradients stay on the rank whose rows they are of (no copy_to_shards in scatter_add)."""
-    return mock.patch.object(tensor_parallel, "copy_to_shards", lambda x, tp: x)
+    rows = tensor_parallel.ShardedMetaRows
+
+    def scatter_add(self: Any, x: Any, y: Any) -> Any:
+        own = dataclasses.replace(self, is_real_BM=self.is_own_BM)
+        return tensor_parallel.MetaRows.scatter_add(own, x, y)
+
+    return mock.patch.object(rows, "scatter_add", scatter_add)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 from train_cases import tiny_config, write_corpus
 
@@ -36,7 +37,7 @@ def run_until(config: RunConfig, topology, stop_at: int | None) -> tuple[int, li
 
     def reading(*numbers):
         batches = read(*numbers)
-        seen.append([i for batch in batches for i in batch.sample_ids])
+        seen.append((torch.initial_seed(), [i for batch in batches for i in batch.sample_ids]))
         return batches
 
     trainer._step, trainer.loader.read = stepping, reading
@@ -94,6 +95,7 @@ def test_a_resumed_run_is_bitwise_the_whole_one(runs, stage):
     for codes, seen, seen_in_parts in (rank[stage] for rank in ranks):
         assert codes == [EXIT_OK, EXIT_INTERRUPTED, EXIT_INTERRUPTED, EXIT_OK]
         assert seen == seen_in_parts and len(seen) == STEPS
+        assert len({seed for seed, _ in seen}) == STEPS, "every step draws from a seed of its own"
     whole, parts = records(root / f"whole{stage}"), records(root / f"parts{stage}")
     assert [line["step"] for line in whole if "eval" not in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in whole if "eval" in line] == [4, 8, 10]
