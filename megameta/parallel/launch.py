@@ -111,6 +111,8 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+    # A rank that is left alone would print C++ stack traces beside the message of the one that failed.
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     ranks: list[subprocess.Popen] = []
 
@@ -124,7 +126,7 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
         for rank in range(num_processes):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
             command = [sys.executable, "-m", "megameta", *arguments]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place}))
+            ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place, **quiet}))
         return _wait(ranks)
     finally:
         for process in ranks:

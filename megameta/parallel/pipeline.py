@@ -162,7 +162,8 @@ def make_pipeline(stage: Stage, config: ModelConfig, topology: Topology, loss: S
             return TiedStage("embedding", Stage, tied_weight_attr="embedding.tokens.weight")
         return stage if number == topology.pipeline_parallel_rank else nn.Identity()  # others are not built here
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its layout; ours is in the log
+    # It prints its layout (ours is in the log), and broadcasts the tied parameter.
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         module = PipelineModule(
             [layer(number) for number in range(last + 1)],
             topology=PipeModelDataParallelTopology(

@@ -189,7 +189,7 @@ class Trainer:
         batch_number = next_batch_number(state.next_batch, config.data.skip)
         following = next_batch_number(batch_number + 1, config.data.skip)
         step = state.step + 1
-        # Nothing here draws; what a user adds (dropout) draws the same after a resume and for every layout of a replica.
+        # Nothing here draws; what a user adds (dropout) draws the same after a resume, whatever the replica's layout.
         torch.manual_seed(make_key("step", config.run.seed, step, self.topology.data_parallel_rank) >> 1)
         lr = learning_rate(step, config.train.num_steps, config.optimizer)
         try:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from typing import NoReturn
 
@@ -38,7 +39,8 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         _leave(code)
     except UserError as error:
         if _may_speak():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _let_others_leave()
         _leave(EXIT_FAILURE)
     except RuntimeError:
         if not _has_been_said():
@@ -65,6 +67,21 @@ def _has_been_said() -> bool:
         return dist.distributed_c10d._get_default_store().add("megameta/error", 0) > 0
     except RuntimeError:  # the store went with its rank, which has spoken
         return True
+
+
+def _let_others_leave(seconds: float = 3.0) -> None:
+    """Rank 0 holds the store that the others ask whether they may speak: it goes last, if they go within seconds."""
+    if not dist.is_initialized():
+        return
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        gone = store.add("megameta/gone", 1)
+        end = time.monotonic() + seconds
+        while dist.get_rank() == 0 and gone < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(0.05)
+            gone = store.add("megameta/gone", 0)
+    except RuntimeError:  # the store went with its rank
+        return
 
 
 def _may_speak() -> bool:
