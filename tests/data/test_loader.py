@@ -1,12 +1,14 @@
 """The samples of an optimiser step do not depend on the layout."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.indexed import IndexedDatasetWriter
-from megameta.data.loader import StepLoader, next_batch_number
+from megameta.data.loader import Batch, StepLoader, next_batch_number
 from megameta.data.samples import Corpus, SampleIndex
 
 GLOBAL = 16
@@ -107,3 +109,22 @@ def test_skipped_ranges(skip, expected):
         visited.append(number)
         number += 1
     assert visited == expected
+
+
+def test_padding_changes_nothing_before_it():
+    batch = Batch(
+        token_BT=torch.arange(10).view(2, 5),
+        label_BT=torch.arange(10).view(2, 5),
+        document_BT=torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]),
+        position_BT=torch.arange(5).expand(2, 5),
+        num_meta_columns=0,
+        sample_ids=(0, 1),
+    )
+    padded = batch.padded(4, token=7)
+    assert padded.token_BT.tolist() == [[0, 1, 2, 3, 4, 7, 7, 7], [5, 6, 7, 8, 9, 7, 7, 7]]
+    assert padded.label_BT[:, 5:].eq(-100).all() and padded.num_targets == batch.num_targets
+    assert padded.document_BT[:, 5:].tolist() == [[2] * 3, [1] * 3], "a document of its own"
+    assert padded.position_BT[:, 5:].eq(0).all()
+    assert batch.padded(5, token=7) is batch
+    plain = dataclasses.replace(batch, document_BT=None, position_BT=None).padded(3, token=7)
+    assert plain.document_BT is None and plain.position_BT is None and plain.token_BT.shape == (2, 6)

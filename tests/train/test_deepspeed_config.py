@@ -18,6 +18,8 @@ def test_derived():
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     assert "torch_autocast" not in deepspeed_config(tiny_config("x"), 4)
+    staged = deepspeed_config(tiny_config("x", parallel__pipeline_parallel_size=2), 4)
+    assert staged["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
     half = tiny_config("x", train__precision="fp16", parallel__zero_stage=0)
     assert deepspeed_config(half, 1)["torch_autocast"]["dtype"] == "float16"
 

@@ -1,0 +1,73 @@
+"""A bit that differs between ranks is found, and named."""
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import RankError, run_ranks
+from train_cases import tiny_config, write_corpus
+
+from megameta.errors import UserError
+from megameta.train.pipeline_engine import make_engine
+from megameta.train.replicas import check_replicas, checksum, differing_replicas
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_any_bit_changes_the_checksum():
+    for tensor in (torch.randn(7, 3), torch.randn(5).bfloat16(), torch.zeros(4), torch.randn(1)):
+        before = checksum(tensor)
+        assert checksum(tensor.clone()) == before
+        flat = tensor.view(-1).view(torch.uint8)
+        for byte in range(flat.numel()):
+            for bit in (0, 3, 7):
+                flat[byte] ^= 1 << bit
+                assert checksum(tensor) != before
+                flat[byte] ^= 1 << bit
+    assert checksum(torch.tensor([1.0, 2.0])) != checksum(torch.tensor([2.0, 1.0])), "places count"
+
+
+def _flip(topology, corpus, layout, name, guilty):
+    tensor, pipeline, stage = layout
+    config = tiny_config(
+        corpus,
+        parallel__tensor_parallel_size=tensor,
+        parallel__pipeline_parallel_size=pipeline,
+        parallel__zero_stage=stage,
+    )
+    topology = dataclasses.replace(topology, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    engine = make_engine(config, topology)
+    clean = differing_replicas(engine.state)
+    if topology.rank == guilty:
+        parameter = engine.state.parameters[name]
+        local = parameter.ds_tensor if stage == 3 else parameter.data
+        local.view(-1)[0] += 1e-3
+    found = differing_replicas(engine.state)
+    try:
+        check_replicas(engine.state, 7)
+    except UserError as error:
+        return clean, found, str(error)
+    return clean, found, ""
+
+
+CASES = {
+    "a data-parallel replica": ((1, 1, 1), "blocks.1.mlp.up_proj.weight", "ranks [0] / ranks [1]"),
+    "a norm on a tensor-parallel rank": ((2, 1, 2), "blocks.0.norm_meta.weight", "ranks [0] / ranks [1]"),
+    "a norm under ZeRO 3": ((2, 1, 3), "head.norm.bias", "ranks [0] / ranks [1]"),
+    "a tied table": ((1, 2, 1), "embedding.tokens.weight", "ranks [0] / ranks [1]"),
+    "a shard, of which there is one": ((2, 1, 1), "blocks.1.mlp.up_proj.weight", ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_difference_is_named(tmp_path, case):
+    layout, name, where = CASES[case]
+    corpus = write_corpus(tmp_path / "corpus")
+    try:
+        reports = run_ranks(_flip, 2, corpus, layout, name, 1)
+    except RankError as error:
+        pytest.fail(str(error))
+    for clean, found, message in reports:
+        assert clean == []
+        assert found == ([f"{name}: {where}"] if where else [])
+        assert ("step 7: 1 parameter(s) are not the same" in message and name in message) == bool(where)
