@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +35,10 @@ def is_vocabulary_table(name: str) -> bool:
     return name.endswith(("embedding.tokens.weight", "head.output.weight"))
 
 
-def initialize_weights(
-    model: nn.Module, config: ModelConfig, seed: int, canonical: Callable[[str], str] = lambda name: name
-) -> None:
-    """Fill every parameter of a model in place; rows that pad the vocabulary become zero.
-
-    Args:
-        canonical: turns a parameter's name in ``model`` into its name in the plain ``GPT``.
-    """
+def initialize_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of a model in place, by its canonical name; rows that pad the vocabulary become zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            name = canonical(name)
             shape = tuple(parameter.shape)
             rows = config.vocab_size if is_vocabulary_table(name) else shape[0]
             parameter[:rows] = draw_parameter(name, (rows, *shape[1:]), config, seed).to(parameter)
