@@ -16,7 +16,7 @@ from megameta.errors import UserError
 from megameta.hf.bundle import MODELING_FILE
 from megameta.hf.gpt2 import fits_gpt2
 from megameta.hf.shards import as_exported, cast, open_shards
-from megameta.hf.stream import filled, streamed
+from megameta.hf.stream import LayerWeights
 from megameta.model import GPT, ModelConfig
 from megameta.model.context import make_context
 
@@ -50,7 +50,7 @@ def verify_export(directory: str | Path, config: ModelConfig, tensors: Mapping[s
         token_BT = _probe(config)
         with torch.no_grad():
             expected_BTV = _reference_logits(config, tensors, token_BT)
-            with streamed(model, lambda name: stored[aliases.get(name, name)].float()):
+            with LayerWeights(lambda name: stored[aliases.get(name, name)]).streamed(model):
                 logits_BTV = model(token_BT, use_cache=False).logits
     finally:
         shutil.rmtree(directory / "__pycache__", ignore_errors=True)
@@ -111,20 +111,17 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _reference_logits(config: ModelConfig, tensors: Mapping[str, Tensor], token_BT: Tensor) -> Tensor:
     """Logits of the training model (``GPT``), one layer in memory at a time."""
-
-    def read(name: str) -> Tensor:
-        return tensors[name].float()
-
+    weights = LayerWeights(tensors.__getitem__)
     with torch.device("meta"):
         model = GPT(config, vocab_multiple=1).eval()
     context = make_context(config, token_BT)
-    with filled(model.embedding, "embedding", read):
+    with weights.filled(model.embedding, "embedding"):
         x_BTD = model.embedding(token_BT, context)
     for layer, block in enumerate(model.blocks):
-        with filled(block, f"blocks.{layer}", read):
+        with weights.filled(block, f"blocks.{layer}"):
             x_BTD = block(x_BTD, context)
-    table = read("embedding.tokens.weight") if config.tie_embeddings else torch.empty(0)
-    with filled(model.head, "head", read):
+    table = tensors["embedding.tokens.weight"].float() if config.tie_embeddings else torch.empty(0)
+    with weights.filled(model.head, "head"):
         return model.head(x_BTD, table)
 
 

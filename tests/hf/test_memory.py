@@ -16,7 +16,7 @@ from megameta.checkpoint import load_weights, save_weights
 from megameta.errors import UserError
 from megameta.hf.export import export_to_hf
 from megameta.hf.shards import INDEX_FILE, open_shards
-from megameta.hf.stream import layers_of, streamed
+from megameta.hf.stream import LayerWeights, layers_of
 from megameta.model import GPT
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_no_two_layers_are_filled_at_once() -> None:
             module.register_forward_hook(count)
     ids = torch.arange(10)[None]
     # GPT hands the embedding's weight to its head, which does not use it here.
-    with torch.no_grad(), streamed(model, tensors.__getitem__):
+    with torch.no_grad(), LayerWeights(tensors.__getitem__).streamed(model):
         assert torch.equal(model(ids), whole(ids))
     assert most == [1] and all(parameter.is_meta for parameter in model.parameters())
 
@@ -126,5 +126,6 @@ def test_every_parameter_must_be_in_a_layer() -> None:
             self.scale = torch.nn.Parameter(torch.ones(1))
             self.blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
 
-    with pytest.raises(ValueError, match="scale: in no layer of Odd"), streamed(Odd(), lambda name: torch.ones(1)):
+    weights = LayerWeights(lambda name: torch.ones(1))
+    with pytest.raises(ValueError, match="scale: in no layer of Odd"), weights.streamed(Odd()):
         pass
