@@ -46,7 +46,7 @@ def make(root: Path, name: str, config: ModelConfig) -> MadeTensors:
     return tensors
 
 
-def main(root: Path, kind: str) -> None:
+def main(root: Path, kind: str, dtype: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = {"vocab_size": 1000, "num_heads": 8, "max_position_embeddings": 64}
@@ -59,7 +59,7 @@ def main(root: Path, kind: str) -> None:
     reset_peak()
     before = resident("VmRSS")
     config, weights = load_weights(root / "large")
-    export_to_hf(config.model, weights, root / "hf", max_shard_size=sys.argv[3])
+    export_to_hf(config.model, weights, root / "hf", dtype=getattr(torch, dtype), max_shard_size="40MB")
     rise = resident("VmHWM") - before
     layer = sum(tensors.entry(name).num_bytes for name in tensors if name.startswith("blocks.0."))
     total = sum(tensors.entry(name).num_bytes for name in tensors)
@@ -72,4 +72,4 @@ def load_small(root: Path) -> tuple[ModelConfig, MadeTensors]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

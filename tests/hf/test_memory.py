@@ -24,12 +24,12 @@ MB = 10**6
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read as Linux keeps them")
-@pytest.mark.parametrize("kind", ["megameta", "gpt2"])
-def test_peak_of_an_export(kind: str, tmp_path: Path) -> None:
-    """Of some 200 and 150 MB of weights in shards of 40 MB: a layer is 17 and 13 MB."""
+@pytest.mark.parametrize(("kind", "dtype"), [("megameta", "float32"), ("gpt2", "bfloat16")])
+def test_peak_of_an_export(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Of some 200 and 150 MB of float32 weights into shards of 40 MB: a layer is 17 and 13 MB."""
     script = Path(__file__).with_name("export_memory.py")
     process = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), kind, "40MB"],
+        [sys.executable, str(script), str(tmp_path), kind, dtype],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -39,7 +39,7 @@ def test_peak_of_an_export(kind: str, tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr[-4000:]
     found = json.loads(process.stdout.splitlines()[-1])
     shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
-    assert len(shards) >= 4 and all(shard.stat().st_size < 41 * MB for shard in shards)
+    assert len(shards) >= 2 and all(shard.stat().st_size < 41 * MB for shard in shards)
     assert found["total"] > 140 * MB
     assert found["rise"] < 40 * MB + 2 * found["layer"] < found["total"] / 2, found
 

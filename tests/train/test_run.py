@@ -238,7 +238,7 @@ def test_mistakes_get_one_message(place, start):
     """All at once, as each takes a start."""
     write_corpus(place / "odd", odd_token=59)
     shutil.copytree(place / "whole", place / "damaged")
-    target = place / "damaged" / "checkpoints" / "step_00000110" / "optimizer.safetensors"
+    target = place / "damaged" / "checkpoints" / "step_00000110" / "optimizer-00001-of-00001.safetensors"
     data = bytearray(target.read_bytes())
     data[len(data) // 2] ^= 1
     target.write_bytes(data)
@@ -248,7 +248,7 @@ def test_mistakes_get_one_message(place, start):
         (("train", "typo.yaml", *two), ["typo.yaml", "line 3", "train.num_step", "train.num_steps?"]),
         (("train", "run.yaml", "run.dir=bad", "train.micro_batch_size=3", *two), ["global_batch_size 8", "3 × 2"]),
         (("train", "run.yaml", "run.dir=bad", "data.train=nowhere"), ["there is no dataset nowhere"]),
-        (("train", "run.yaml", "run.dir=damaged"), ["step_00000110/optimizer.safetensors", "SHA-256", "older"]),
+        (("train", "run.yaml", "run.dir=damaged"), ["step_00000110/optimizer-0000", "SHA-256", "older"]),
         (("train", "run.yaml", "run.dir=bad2", "model.vocab_size=50", "model.meta_token_id=49"), ["vocab_size is 50"]),
         # One rank alone meets it; the other one's broken collective is not what the person has to hear of.
         (
