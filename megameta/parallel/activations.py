@@ -4,8 +4,8 @@ What autograd saves (tests/parallel/test_activations.py compares with what it di
 tensors):
 
 - A norm keeps its input, its statistics and, RMSNorm, the normalised rows (CUDA's fused RMSNorm does without those).
-- The residual stream is float32 under autocast, and so is what norms return. Each linear layer fed by it makes and keeps
-  its own bf16 copy: three for queries, keys and values. Under ZeRO 3 DeepSpeed's linear keeps the float32 input instead.
+- The residual stream is float32 under autocast, and so is what norms return. Each linear layer fed by it makes and
+  keeps its own bf16 copy: three for queries, keys and values. Under ZeRO 3 DeepSpeed's linear keeps the float32 input.
 - Linear layers under autocast keep a bf16 copy of their weight, once a micro-batch in flight; not under ZeRO 3.
 - Attention keeps queries, keys, values, its output and a float32 log-sum a row and head; never a T × T matrix, except
   for the mask of documents, which sdpa converts in every layer.
@@ -71,7 +71,7 @@ class Activations:
         one = self.block_input if recompute else self.block + self.block_copies
         return num_blocks * one + self.shared + (self.head if last else self.stage_output)
 
-    def extra(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
+    def at_peak(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
         """Beyond ``kept``, at the worst moment of the forward and the backward pass of one micro-batch."""
         in_block = self.block_temporary - (self.head if last else 0.0)
         at_end = self.head_temporary if last else 0.0
@@ -174,10 +174,9 @@ def _head(model: ModelConfig, widths: Widths, layout: Layout, rows: float, own_r
 
 def _head_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
     logits, columns = rows * _columns(model, layout), _columns(model, layout)
-    if layout.tensor == 1:
-        loss = 8 * logits  # backward: gradients of the log-probabilities and of the logits
-    else:
-        loss = (4 if widths.linear == 4 else 6) * logits  # forward: the logits; sharded, its gradient is made in place
+    # Whole: the gradients of the log-probabilities and of the logits. Sharded: the logits in the forward pass, in both
+    # dtypes; their gradient is made in place.
+    loss = logits * (8 if layout.tensor == 1 else 4 if widths.linear == 4 else 6)
     # The gradient of the output weight, in the dtype of the product, of the parameter, and padded to the whole table;
     # the log-probabilities are gone by then.
     table = columns * model.hidden_size

@@ -23,7 +23,7 @@ class MemoryEstimate:
     activations: float
     """Kept for backward, of all micro-batches in flight."""
     workspace: float
-    """At the worst moment beside the above: gradients inside a backward pass, DeepSpeed's bucket, the optimiser's step."""
+    """At the worst moment beside the above: gradients inside a backward pass, DeepSpeed's bucket, the update."""
 
     @property
     def total(self) -> float:
@@ -84,8 +84,8 @@ def memory_estimate(
     last, recompute = stage == layout.pipeline - 1, layout.checkpointing
     num_blocks = blocks[1] - blocks[0]
     kept = layout.in_flight(stage) * per_micro_batch.kept(num_blocks, last=last, recompute=recompute)
-    in_backward = per_micro_batch.extra(num_blocks, last=last, recompute=recompute)
-    bucket = min(zero_option(config, "reduce_bucket_size", REDUCE_BUCKET), float("inf"))
+    in_backward = per_micro_batch.at_peak(num_blocks, last=last, recompute=recompute)
+    bucket = zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)
     reduced = min(count, bucket)
     if zero == 0:
         in_step = width * reduced if n > 1 else 0.0  # gradients are flattened for the all-reduce

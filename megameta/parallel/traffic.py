@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megameta.config import RunConfig
+from megameta.model import ModelConfig
 from megameta.parallel.activations import Widths
 from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
 
@@ -48,7 +49,9 @@ class Transfer:
     def wire(self) -> float:
         """Bytes that the rank sends in a step by the ring algorithms."""
         share = (self.ranks - 1) / self.ranks
-        return self.payload * {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "send": 1}[self.kind]
+        return (
+            self.payload * {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "send": 1}[self.kind]
+        )
 
 
 def transfers(config: RunConfig, layout: Layout, stage: int, blocks: tuple[int, int]) -> list[Transfer]:
@@ -168,9 +171,11 @@ def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int
         held = live_parameters(config, layout, weights)
         persistent = _persistent(config, layout, blocks)
         again = max(0, weights.count - persistent - held)
+        modules = max(1, (blocks[1] - blocks[0]) * _linear_layers(config.model))  # each is fetched by its own call
+        split = widths.weight / modules
         return [
-            one("all_gather", "parameters, forward", widths.weight * (weights.count - persistent), micro),
-            one("all_gather", "parameters, backward", widths.weight * again, micro),
+            one("all_gather", "parameters, forward", split * (weights.count - persistent), micro * modules),
+            one("all_gather", "parameters, backward", split * again, micro * modules),
             one("all_gather", "small parameters", widths.weight * persistent, 1),
             one("reduce_scatter", "gradients", size, micro),
         ]
@@ -178,6 +183,10 @@ def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int
     if layout.zero_stage > 0:
         found.append(one("all_gather", "parameters", size, 1))
     return found
+
+
+def _linear_layers(model: ModelConfig) -> int:
+    return (8 if model.meta_attention else 4) + (3 if model.activation == "swiglu" else 2)
 
 
 def zero_option(config: RunConfig, name: str, default: float) -> float:

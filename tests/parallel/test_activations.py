@@ -67,7 +67,7 @@ def estimates(config: RunConfig, *, recompute: bool) -> tuple[float, float]:
     found = activations(config, Layout(1, 1, 1, 1, False, config.train.micro_batch_size, 1, recompute))
     layers = config.model.num_layers
     kept = found.kept(layers, last=True, recompute=recompute)
-    return kept, kept + found.extra(layers, last=True, recompute=recompute)
+    return kept, kept + found.at_peak(layers, last=True, recompute=recompute)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -76,7 +76,9 @@ def test_one_process(case: str, precision: str) -> None:
     config = make_config(precision, **CASES[case])
     saved, peak = measure(config, recompute=False)
     kept, most = estimates(config, recompute=False)
-    print(f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}")
+    print(
+        f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}"
+    )
     assert kept == pytest.approx(saved, rel=0.005)
     assert most == pytest.approx(peak, rel=0.05)
 
@@ -87,7 +89,9 @@ def test_recomputed(case: str, precision: str) -> None:
     config = make_config(precision, **{**CASES[case], "num_layers": 6})
     saved, peak = measure(config, recompute=True)
     kept, most = estimates(config, recompute=True)
-    print(f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}")
+    print(
+        f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}"
+    )
     assert kept == pytest.approx(saved, rel=0.03)  # the context's angles live, but no block has saved them
     assert most == pytest.approx(peak, rel=0.15)
 
