@@ -103,6 +103,8 @@ class TrainSection(Section):
     """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
+    check_replicas_every: int = Field(0, ge=0)
+    """Steps between checks that replicas of every parameter are bitwise equal on all ranks; 0: never."""
     peak_tflops: float | None = Field(None, gt=0)
     """The device's peak for mfu, in TFLOP/s. Default: measured with matrix products at the start of the run."""
 
@@ -138,7 +140,9 @@ class ParallelSection(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     """Ranks that share one layer's matrices."""
     pipeline_parallel_size: int = Field(1, ge=1)
-    """Ranks that share the layers."""
+    """Stages that share the layers among them."""
+    pipeline_balance: Literal["parameters", "time"] = "parameters"
+    """What the stages get equal shares of: parameters (memory) or time (model flops)."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
     zero_stage: Literal[0, 1, 2, 3] = 1

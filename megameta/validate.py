@@ -1,5 +1,7 @@
 """Every check across fields of a configuration: pure, before anything is started."""
 
+import math
+
 from megameta.config import RunConfig
 from megameta.errors import UserError
 
@@ -77,13 +79,68 @@ def _steps(config: RunConfig) -> list[str]:
 
 
 def _layout(config: RunConfig, device: str) -> list[str]:
-    parallel = config.parallel
+    return [*_tensor_parallel(config), *_pipeline(config), *_precision(config, device)]
+
+
+def _tensor_parallel(config: RunConfig) -> list[str]:
+    model, size = config.model, config.parallel.tensor_parallel_size
     found = []
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1 or parallel.sequence_parallel:
+    if size == 1 and config.parallel.sequence_parallel:
         found.append(
-            "tensor, sequence and pipeline parallelism are not built yet: set parallel.tensor_parallel_size=1,"
-            " parallel.pipeline_parallel_size=1, parallel.sequence_parallel=false, and use parallel.zero_stage"
+            "parallel.sequence_parallel shards between tensor-parallel ranks, of which there is one:"
+            " set parallel.tensor_parallel_size, or sequence_parallel=false"
         )
-    if config.train.precision == "fp16" and device != "cuda":
-        found.append("train.precision fp16 needs a CUDA device; on this machine use fp32 or bf16")
+    shared = ("num_heads", "num_key_value_heads", "intermediate_size")
+    uneven = [f"model.{key} {getattr(model, key)}" for key in shared if getattr(model, key) % size]
+    if uneven:
+        found.append(
+            f"parallel.tensor_parallel_size {size} does not divide {' and '.join(uneven)}, which the ranks share:"
+            f" use {_degrees(config)}"
+        )
+    length = config.data.sequence_length
+    if config.parallel.sequence_parallel and length % size:
+        found.append(
+            f"data.sequence_length {length} does not divide by parallel.tensor_parallel_size {size}, as"
+            " parallel.sequence_parallel needs: change the length or set sequence_parallel=false"
+        )
     return found
+
+
+def _degrees(config: RunConfig) -> str:
+    model = config.model
+    fits = math.gcd(model.num_heads, model.num_key_value_heads, model.intermediate_size)
+    return " or ".join(str(degree) for degree in range(1, min(fits, 64) + 1) if fits % degree == 0)
+
+
+def _pipeline(config: RunConfig) -> list[str]:
+    stages, zero = config.parallel.pipeline_parallel_size, config.parallel.zero_stage
+    found: list[str] = []
+    if stages == 1:
+        return found
+    if stages > config.model.num_layers:
+        found.append(
+            f"parallel.pipeline_parallel_size {stages} is above model.num_layers {config.model.num_layers}:"
+            " every stage needs a layer"
+        )
+    if zero == 0:
+        found.append(
+            "parallel.zero_stage 0 with pipeline stages: DeepSpeed clips by a wrong norm there, which leaves out the"
+            " parameters of all stages but the first; set parallel.zero_stage=1"
+        )
+    if zero > 1:
+        found.append(
+            f"parallel.zero_stage {zero} with pipeline stages: DeepSpeed refuses it, as gradients would be reduced in"
+            " every micro-batch; set parallel.zero_stage=1, or pipeline_parallel_size=1"
+        )
+    if config.train.precision == "fp16":
+        found.append(
+            "train.precision fp16 with pipeline stages has never been run and compared: use bf16, or"
+            " pipeline_parallel_size=1"
+        )
+    return found
+
+
+def _precision(config: RunConfig, device: str) -> list[str]:
+    if config.train.precision == "fp16" and device != "cuda":
+        return ["train.precision fp16 needs a CUDA device; on this machine use fp32 or bf16"]
+    return []

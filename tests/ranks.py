@@ -95,7 +95,7 @@ def _rank(pipe: Connection, function: Callable[..., Any], args: tuple, rank: int
         from megameta.parallel.topology import Topology
 
         torch.set_num_threads(1)
-        topology = Topology(world_size, rank, rank, "cpu", world_size, rank)
+        topology = Topology(world_size, rank, rank)
         initialize_process_group(topology)
         _send(pipe, True, function(topology, *args))
         dist.barrier()  # rank 0 holds the store that the others may still need

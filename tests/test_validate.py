@@ -33,7 +33,25 @@ def test_the_good_one_is_good():
         (["optimizer.schedule=wsd", "optimizer.decay_steps=91"], 1, "cpu", ["warmup_steps 10", "decay_steps 91"]),
         (["optimizer.schedule=wsd", "optimizer.warmup_steps=95"], 1, "cpu", ["warmup_steps 95", "decay_steps 10"]),
         (["train.precision=fp16"], 1, "cpu", ["fp16 needs a CUDA device", "bf16"]),
-        (["parallel.sequence_parallel=true"], 1, "cpu", ["not built yet", "parallel.zero_stage"]),
+        (["parallel.sequence_parallel=true"], 1, "cpu", ["sequence_parallel", "tensor_parallel_size"]),
+        (
+            ["parallel.tensor_parallel_size=8", "train.micro_batch_size=1"],
+            8,
+            "cpu",
+            ["num_heads 12", "size 8", "1 or 2 or 3"],
+        ),
+        (["model.num_key_value_heads=2", "parallel.tensor_parallel_size=4"], 4, "cpu", ["num_key_value_heads 2"]),
+        (["model.intermediate_size=9", "parallel.tensor_parallel_size=2"], 2, "cpu", ["intermediate_size 9"]),
+        (
+            ["parallel.tensor_parallel_size=3", "parallel.sequence_parallel=true"],
+            3,
+            "cpu",
+            ["sequence_length 1024", "tensor_parallel_size 3"],
+        ),
+        (["parallel.pipeline_parallel_size=13"], 13, "cpu", ["pipeline_parallel_size 13", "num_layers 12"]),
+        (["parallel.pipeline_parallel_size=2", "parallel.zero_stage=0"], 2, "cpu", ["clips", "zero_stage=1"]),
+        (["parallel.pipeline_parallel_size=2", "parallel.zero_stage=3"], 2, "cpu", ["zero_stage 3", "zero_stage=1"]),
+        (["parallel.pipeline_parallel_size=2", "train.precision=fp16"], 2, "cuda", ["fp16", "bf16"]),
     ],
 )
 def test_each_problem(overrides, world_size, device, words):

@@ -40,6 +40,25 @@ class Batch:
             position_BT=None if self.position_BT is None else change(self.position_BT),
         )
 
+    def padded(self, multiple: int, token: int) -> "Batch":
+        """Rows added at the end until their number divides by ``multiple``: of ``token``, without targets, in a
+        document of their own, so that they change nothing before them (sequence parallelism needs equal shards)."""
+        count = -self.token_BT.shape[1] % multiple
+        if count == 0:
+            return self
+
+        def extend(x_BT: Tensor, value: Tensor | int) -> Tensor:
+            return torch.cat((x_BT, x_BT.new_zeros(x_BT.shape[0], count) + value), dim=1)
+
+        documents, positions = self.document_BT, self.position_BT
+        return replace(
+            self,
+            token_BT=extend(self.token_BT, token),
+            label_BT=extend(self.label_BT, IGNORE_INDEX),
+            document_BT=None if documents is None else extend(documents, documents.amax(dim=1, keepdim=True) + 1),
+            position_BT=None if positions is None else extend(positions, 0),
+        )
+
     @property
     def num_targets(self) -> int:
         """Labels that count in the loss."""

@@ -7,6 +7,7 @@
 Letters: B batch, T rows, D model width, F feed-forward width, V vocabulary (logical), P vocabulary (padded).
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch.nn.functional as F
@@ -124,6 +125,21 @@ class Head(nn.Module):
         return F.linear(self.norm(x_BTD), weight_PD[: self.vocab_size])
 
 
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x_BTD: Tensor,
+    context: Context,
+    cache: DecodingCache | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """(B, T, D) through blocks in order. ``recompute`` keeps only their inputs for the backward pass."""
+    for block in blocks:
+        run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        x_BTD = run(x_BTD, context, cache)
+    return x_BTD
+
+
 class GPT(nn.Module):
     """The whole model in one process.
 
@@ -139,31 +155,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.head = Head(config, vocab_multiple)
 
-    def hidden_states(
-        self,
-        token_BT: Tensor,
-        *,
-        position_BT: Tensor | None = None,
-        document_BT: Tensor | None = None,
-        num_meta_columns: int | None = None,
-        cache: DecodingCache | None = None,
-    ) -> Tensor:
-        """Token ids (B, T) to the last block's output (B, T, D). The arguments are those of ``make_context``."""
-        context = make_context(
-            self.config,
-            token_BT,
-            position_BT=position_BT,
-            document_BT=document_BT,
-            num_meta_columns=num_meta_columns,
-            cache=cache,
-        )
-        x_BTD = self.embedding(token_BT, context)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, context, cache)
-        return x_BTD
+    def hidden_states(self, token_BT: Tensor, context: Context, cache: DecodingCache | None = None) -> Tensor:
+        """Token ids (B, T) and their ``make_context`` to the last block's output (B, T, D)."""
+        recompute = self.activation_checkpointing and self.training
+        return run_blocks(self.blocks, self.embedding(token_BT, context), context, cache, recompute=recompute)
 
     def forward(
         self,
@@ -175,11 +170,12 @@ class GPT(nn.Module):
         cache: DecodingCache | None = None,
     ) -> Tensor:
         """Token ids (B, T) to logits (B, T, V). The arguments are those of ``make_context``."""
-        x_BTD = self.hidden_states(
+        context = make_context(
+            self.config,
             token_BT,
             position_BT=position_BT,
             document_BT=document_BT,
             num_meta_columns=num_meta_columns,
             cache=cache,
         )
-        return self.head(x_BTD, self.embedding.tokens.weight)
+        return self.head(self.hidden_states(token_BT, context, cache), self.embedding.tokens.weight)

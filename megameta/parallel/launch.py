@@ -48,21 +48,38 @@ def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int, in
     return rank, size, local
 
 
-def make_topology(device: str, *, model_ranks: int = 1, environment: Mapping[str, str] = os.environ) -> Topology:
-    """The place of this process; ``model_ranks`` is the size of one model replica."""
+def make_topology(
+    device: str,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    environment: Mapping[str, str] = os.environ,
+) -> Topology:
+    """The place of this process.
+
+    Raises:
+        UserError: the launcher started a number of processes that model replicas of this size do not divide, or more
+            on this machine than it has GPUs.
+    """
     rank, size, local = ranks_from_environment(environment)
     if device == "cuda" and local >= torch.cuda.device_count():
         raise UserError(
             f"rank {rank} is number {local} on its machine, which has {torch.cuda.device_count()} GPU(s);"
             " start as many processes as there are GPUs"
         )
+    if size % (tensor_parallel_size * pipeline_parallel_size):
+        raise UserError(
+            f"{size} process(es) cannot be divided into model replicas of parallel.tensor_parallel_size"
+            f" {tensor_parallel_size} × parallel.pipeline_parallel_size {pipeline_parallel_size} ranks: start a"
+            f" multiple of {tensor_parallel_size * pipeline_parallel_size}, or lower these"
+        )
     return Topology(
         world_size=size,
         rank=rank,
         local_rank=local,
         device=f"cuda:{local}" if device == "cuda" else "cpu",
-        data_parallel_size=size // model_ranks,
-        data_parallel_rank=rank // model_ranks,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
 
 

@@ -34,6 +34,10 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "zero_optimization": {"stage": config.parallel.zero_stage},
     }
+    if config.parallel.pipeline_parallel_size > 1:
+        # Stages send whole tensors: under sequence parallelism they are shards already, each rank's another.
+        derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+        derived["steps_per_print"] = None  # it would print losses of its own
     if config.train.precision == "fp16" and config.parallel.zero_stage > 0:
         derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     elif config.train.precision != "fp32":

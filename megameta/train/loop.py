@@ -27,13 +27,15 @@ from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader, next_batch_number
 from megameta.data.samples import Corpus, SampleIndex
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
-from megameta.train.engine import Engine, NonFiniteGradient
+from megameta.train.engine import NonFiniteGradient
 from megameta.train.evaluation import Evaluator
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
+from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
-from megameta.train.setup import build_model, initial_weights
+from megameta.train.setup import initial_weights
 
 
 class Trainer:
@@ -61,10 +63,10 @@ class Trainer:
         )
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config)
-        self.engine = Engine(build_model(config, weights), config, topology)
+        self.engine = make_engine(config, topology, weights)
         if checkpoint:
             self.state = checkpoint.trainer()
-            self.engine.load_moments(checkpoint.moments(), self.state.optimizer_step)
+            self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
         self._stop_requested = False
         self._describe(dataset, checkpoint)
@@ -103,15 +105,14 @@ class Trainer:
 
     def _describe(self, dataset: Dataset, checkpoint: Checkpoint | None) -> None:
         config, engine = self.config, self.engine
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters())
-        kernel = engine.engine.module.gpt.blocks[0].attention.name
-        LOG.info("run %s: %s parameters (vocabulary padding included)", config.run.dir, f"{parameters:,}")
+        parameters = sum(math.prod(shape) for shape in engine.state.shapes.values())
+        kernel = next(module.name for module in engine.model.modules() if isinstance(module, Attention))
+        LOG.info("run %s: %s parameters", config.run.dir, f"{parameters:,}")
         LOG.info(
-            "%d rank(s) on %s, ZeRO %d, %s, attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
-            self.topology.data_parallel_size,
+            "%d rank(s) on %s (%s), attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
+            self.topology.world_size,
             self.topology.device_type,
-            config.parallel.zero_stage,
-            config.train.precision,
+            describe_layout(config, self.topology),
             kernel,
             config.train.micro_batch_size,
             engine.accumulation_steps,
@@ -260,9 +261,15 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint on rank 0; ``latest`` moves when it is whole, and older ones go after that."""
         state = replace(
-            self.state, optimizer_step=self.engine.optimizer_step, loss_scale=self.engine.loss_scale_state()
+            self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )
-        weights, moments = self.engine.gather_state()
+        mine = {
+            (e.kind, e.name): t for e in self.engine.state.entries if (t := self.engine.state.gather(e)) is not None
+        }
+        everyone: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everyone, mine)
+        weights = {k[1]: t for part in everyone for k, t in part.items() if k[0] == "model"}
+        moments = {k[1]: t for part in everyone for k, t in part.items() if k[0] == "optimizer"}
         failure: list[str | None] = [None]
         if self.topology.is_main:
             path = self.checkpoints / step_name(state.step)
@@ -284,3 +291,14 @@ class Trainer:
         close_log()
         if self._lock is not None:
             self._lock.close()
+
+
+def describe_layout(config: RunConfig, topology: Topology) -> str:
+    """The layout in a few words."""
+    parts = [f"{topology.tensor_parallel_size} tensor"] if topology.tensor_parallel_size > 1 else []
+    if config.parallel.sequence_parallel:
+        parts[-1] += " + sequence"
+    if topology.pipeline_parallel_size > 1:
+        parts.append(f"{topology.pipeline_parallel_size} pipeline")
+    parts.append(f"{topology.data_parallel_size} data")
+    return f"{' × '.join(parts)}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"

@@ -26,7 +26,11 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         config = load_run_config(path, overrides)
         device = pick_device(config.run.device)
         parallel = config.parallel
-        topology = make_topology(device, model_ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+        topology = make_topology(
+            device,
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+        )
         validate(config, world_size=topology.world_size, device=device)
         initialize_process_group(topology)
         code = Trainer(config, topology).run()

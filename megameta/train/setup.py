@@ -1,17 +1,22 @@
 """From a configuration file to the things a run is made of."""
 
 import os
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megameta.checkpoint import load_weights
 from megameta.config import RunConfig, build_config, key_places, load_raw
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
-from megameta.model import GPT, ModelConfig, initialize_weights
-from megameta.model.init import is_vocabulary_table
+from megameta.model import GPT, ModelConfig
+from megameta.model.init import draw_parameter
+from megameta.parallel.groups import TensorParallel
+from megameta.parallel.pipeline import Stage, stage_bounds
+from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
+from megameta.parallel.topology import Topology
 
 
 def load_run_config(
@@ -43,43 +48,114 @@ def _vocabulary(tokenizer: Tokenizer, given: dict[str, Any], path: str) -> dict[
     return facts
 
 
-def build_model(config: RunConfig, weights: dict[str, Tensor] | None = None) -> GPT:
-    """The model on the CPU, with the given weights (logical rows by canonical name) or drawn from run.seed.
+def build_model(config: RunConfig, weights: Mapping[str, Tensor] | None = None) -> GPT:
+    """The whole model on the CPU, with the given weights (logical rows by canonical name) or drawn from run.seed.
 
     Raises:
         UserError: the weights are those of another model; names and shapes that differ are listed.
     """
+    return cast(GPT, build_part(config, Topology(), None, weights))
+
+
+def build_part(
+    config: RunConfig, topology: Topology, tp: TensorParallel | None, weights: Mapping[str, Tensor] | None = None
+) -> GPT | Stage:
+    """What this rank runs of the model, on the CPU: all of it or a pipeline stage, with whole or sharded layers. Each
+    parameter is drawn in full from a seed of its name, or read, and then sliced; a lazy mapping is read in slices."""
+    size = tp.size if tp is not None else 1
     with torch.device("meta"):
-        model = GPT(config.model)
+        model: GPT | Stage
+        if topology.pipeline_parallel_size > 1:
+            data = config.data
+            bounds = stage_bounds(
+                config.model,
+                topology.pipeline_parallel_size,
+                balance=config.parallel.pipeline_balance,
+                length=data.sequence_length,
+                num_meta=data.num_meta_tokens,
+            )
+            model = Stage(config.model, bounds[topology.pipeline_parallel_rank], 128 * size)
+            model.tensor_parallel = tp
+        else:
+            model = GPT(config.model, 128 * size)
+    if tp is not None:
+        apply_tensor_parallel(model, config.model, tp)
     model.to_empty(device="cpu")
     if weights is None:
-        initialize_weights(model, config.model, config.run.seed)
+        weights = DrawnWeights(config.model, config.run.seed)
     else:
-        load_into(model, config.model, weights)
+        check_weights(config.model, weights)
+    fill_parameters(model, config.model, weights, tp)
+    if tp is not None:
+        prepare_parameters(model, tp)
+    model.activation_checkpointing = config.train.activation_checkpointing
     return model
 
 
-def load_into(model: GPT, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a model; rows that pad the vocabulary become zero."""
-    expected = dict(model.named_parameters())
+class DrawnWeights(Mapping[str, Tensor]):
+    """Initial weights by canonical name, each drawn when it is asked for."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config, self._seed, self._shapes = config, seed, logical_shapes(config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return draw_parameter(name, self._shapes[name], self._config, self._seed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by canonical name, in the model's order, vocabulary padding left out."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(config, vocab_multiple=1).named_parameters()}
+
+
+def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError where names or shapes are not those of the model."""
+    expected = logical_shapes(config)
     wrong = [f"{name}: missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name}: not in this model" for name in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
-        shape = list(expected[name].shape)
-        if is_vocabulary_table(name):
-            shape[0] = config.vocab_size
-        if list(weights[name].shape) != shape:
-            wrong.append(f"{name}: shape {list(weights[name].shape)}, the model has {shape}")
+        shape = shape_of(weights, name)
+        if shape != expected[name]:
+            wrong.append(f"{name}: shape {list(shape)}, the model has {list(expected[name])}")
     if wrong:
         raise UserError("\n  ".join(["the checkpoint's weights do not fit the model:", *sorted(wrong)[:20]]))
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Shape of a tensor, from the file's header where the mapping is lazy."""
+    lazy = getattr(tensors, "shape", None)
+    return tuple(lazy(name) if lazy is not None else tensors[name].shape)
+
+
+def read_shard(tensors: Mapping[str, Tensor], name: str, shard: Shard | None) -> Tensor:
+    """A tensor, or its shard; of a lazy mapping only that is read."""
+    if shard is None:
+        return tensors[name]
+    if (read := getattr(tensors, "read", None)) is not None:
+        return read(name, shard.dim, shard.start, shard.stop)
+    return tensors[name].narrow(shard.dim, shard.start, shard.stop - shard.start)
+
+
+def fill_parameters(
+    model: nn.Module, config: ModelConfig, weights: Mapping[str, Tensor], tp: TensorParallel | None
+) -> None:
+    """Copy weights, or this rank's shards of them, into parameters; rows that pad the vocabulary become zero."""
+    shapes = logical_shapes(config)
+    rank, size = (tp.rank, tp.size) if tp is not None else (0, 1)
     with torch.no_grad():
-        for name, parameter in expected.items():
-            rows = weights[name].shape[0]
-            parameter[:rows] = weights[name]
-            parameter[rows:] = 0
+        for name, parameter in model.named_parameters():
+            piece = read_shard(weights, name, shard_of(name, shapes[name], config, rank, size))
+            parameter[: piece.shape[0]] = piece
+            parameter[piece.shape[0] :] = 0
 
 
-def initial_weights(config: RunConfig) -> dict[str, Tensor] | None:
+def initial_weights(config: RunConfig) -> Mapping[str, Tensor] | None:
     """Weights of init.from_checkpoint, None where the run starts from drawn ones."""
     if config.init.from_checkpoint is None:
         return None

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from megameta.hf.cache import MegametaCache
 from megameta.hf.configuration import MegametaConfig
+from megameta.model import make_context
 from megameta.model.cache import NOWHERE
 
 POSITIONS = ["rope", "ape", "none", "rnope"]
@@ -157,7 +158,8 @@ def test_outputs() -> None:
     with torch.inference_mode():
         out = wrapper(ids, output_hidden_states=True)
         assert len(out.hidden_states) == config.num_layers + 1
-        assert_close(model.head(model.hidden_states(ids), model.embedding.tokens.weight), out.logits, 1e-5)
+        hidden = model.hidden_states(ids, make_context(config, ids))
+        assert_close(model.head(hidden, model.embedding.tokens.weight), out.logits, 1e-5)
         assert_close(wrapper.lm_head(out.hidden_states[-1]), out.logits, 1e-6)
         assert wrapper(ids).hidden_states is None
         assert_close(wrapper(ids, logits_to_keep=2).logits, out.logits[:, -2:], 1e-6)

@@ -49,8 +49,10 @@ def test_topology():
     assert (topology.world_size, topology.rank, topology.local_rank, topology.device) == (4, 3, 1, "cpu")
     assert (topology.data_parallel_size, topology.data_parallel_rank) == (4, 3)
     assert not topology.is_main and topology.device_type == "cpu"
-    model_parallel = make_topology("cpu", model_ranks=2, environment=SRUN)
-    assert (model_parallel.data_parallel_size, model_parallel.data_parallel_rank) == (4, 2)
+    parallel = make_topology("cpu", tensor_parallel_size=2, environment=SRUN)
+    assert (parallel.data_parallel_size, parallel.data_parallel_rank) == (4, 2)
+    with pytest.raises(UserError, match=r"8 process\(es\) .* 3 × parallel.pipeline_parallel_size 1 ranks"):
+        make_topology("cpu", tensor_parallel_size=3, environment=SRUN)
     assert make_topology("cpu", environment={}).is_main
 
 

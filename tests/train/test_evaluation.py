@@ -66,12 +66,12 @@ def naive(config, corpus, metas):
 
 
 def _evaluate(topology, corpus, micros):
-    from megameta.train.engine import Engine
+    from megameta.train.pipeline_engine import make_engine
 
     results = {}
     for micro, stage in micros:
         config = make_config(corpus, train__micro_batch_size=micro, parallel__zero_stage=stage)
-        engine = Engine(build_model(config), config, topology)
+        engine = make_engine(config, topology)
         evaluator = Evaluator(config, topology)
         evaluator.byte_counts = BYTES
         results[micro, stage] = evaluator.run(engine)
@@ -162,7 +162,7 @@ def test_ranks_share_the_samples(corpus):
     alone = targets_of(config)["all"]
     passes, shared = set(), []
     for rank in range(4):
-        topology = Topology(world_size=4, rank=rank, data_parallel_size=4, data_parallel_rank=rank)
+        topology = Topology(world_size=4, rank=rank)
         shared += targets_of(config, topology)["all"]
         passes.add(sum(1 for _ in Evaluator(config, topology).batches("all")))
     assert sorted(shared) == sorted(alone)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megameta.config import RunConfig, build_config
@@ -123,3 +124,13 @@ def oracle_run(config: RunConfig, steps: int, dtype: torch.dtype = torch.float64
         out["targets"].append(targets)
     out["weights"] = {name: p.detach() for name, p in model.named_parameters()}
     return out
+
+
+def full_state(engine) -> tuple[dict, dict]:
+    """(weights, moments) of an engine in full, on every rank: collective."""
+    mine = [(e.kind, e.name, t) for e in engine.state.entries if (t := engine.state.gather(e)) is not None]
+    everyone = [None] * engine.topology.world_size
+    dist.all_gather_object(everyone, mine)
+    found = {kind: {n: t for part in everyone for k, n, t in part if k == kind} for kind in ("model", "optimizer")}
+    names = [n for n in engine.state.shapes if n in found["model"]]  # in the model's order
+    return {n: found["model"][n] for n in names}, found["optimizer"]

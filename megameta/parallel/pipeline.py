@@ -1,0 +1,178 @@
+"""Pipeline stages: a contiguous range of the GPT's parts as one module, driven by DeepSpeed's PipelineModule (1F1B).
+
+Between stages travel the hidden states and, as int64, the token ids, with documents and positions where batches carry
+them: each stage makes the context of its own blocks from those, once a micro-batch. Parameters keep their canonical
+names, so that everything that goes by name (initial weights, tensor parallelism, checkpoints) is the same as without
+a pipeline.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
+from megameta.model.flops import forward_flops
+from megameta.model.gpt import run_blocks
+from megameta.parallel.collectives import vocabulary_cross_entropy_sum
+from megameta.parallel.groups import TensorParallel
+from megameta.parallel.tensor_parallel import shard_context, vocabulary_multiple
+from megameta.parallel.topology import Topology
+
+
+def part_costs(config: ModelConfig, balance: str, length: int, num_meta: int) -> list[float]:
+    """What embedding, blocks and head cost, to be balanced over stages: "parameters", or "time" (model flops)."""
+    width = config.hidden_size
+    if balance == "time":
+        whole = forward_flops(config, length, num_meta)
+        head = 2.0 * length * width * config.vocab_size
+        return [0.0, *[(whole - head) / config.num_layers] * config.num_layers, head]
+    with torch.device("meta"):
+        block = sum(p.numel() for p in Block(config, 0).parameters())
+        embedding = sum(p.numel() for p in Embedding(config, 128).parameters())
+        head_parameters = sum(p.numel() for p in Head(config, 128).parameters())
+    tied = config.padded_vocab_size() * width if config.tie_embeddings else 0  # the last stage has a copy
+    return [embedding, *[block] * config.num_layers, head_parameters + tied]
+
+
+def stage_bounds(
+    config: ModelConfig, num_stages: int, *, balance: str = "parameters", length: int = 1024, num_meta: int = 0
+) -> list[tuple[int, int]]:
+    """The blocks [first, end) of each stage: contiguous, every stage at least one, the costliest as cheap as can be.
+    The embedding is on the first stage, the head on the last."""
+    costs = part_costs(config, balance, length, num_meta)
+    blocks, block = config.num_layers, costs[1]
+    extra = [0.0] * num_stages
+    extra[0] += costs[0]
+    extra[-1] += costs[-1]
+    # Blocks cost the same, so handing each to the stage that stays cheapest with it is optimal.
+    counts = [1] * num_stages
+    for _ in range(blocks - num_stages):
+        counts[min(range(num_stages), key=lambda s: (extra[s] + (counts[s] + 1) * block, s))] += 1
+    ends = [sum(counts[: s + 1]) for s in range(num_stages)]
+    return [(end - count, end) for end, count in zip(ends, counts)]
+
+
+class Stage(nn.Module):
+    """The parts of a ``GPT`` that one pipeline stage runs, by their canonical names.
+
+    Under tied embeddings the last stage holds a second token table, which ``make_pipeline`` ties to the first's.
+
+    Args:
+        blocks: the range [first, end) of its blocks.
+    """
+
+    def __init__(self, config: ModelConfig, blocks: tuple[int, int], vocab_multiple: int = 128) -> None:
+        super().__init__()
+        self.config = config
+        self.is_first, self.is_last = blocks[0] == 0, blocks[1] == config.num_layers
+        self.activation_checkpointing = False
+        self.num_meta_columns: int | None = None
+        """M of the batches to come, where it is known."""
+        self.tensor_parallel: TensorParallel | None = None
+        self.embedding: Any = None
+        if self.is_first:
+            self.embedding = Embedding(config, vocab_multiple)
+        elif self.is_last and config.tie_embeddings:
+            self.embedding = Embedding(config, vocab_multiple)
+            self.embedding.positions = None
+        self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(*blocks)})
+        self.head = Head(config, vocab_multiple) if self.is_last else None
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+        """(tokens, …) on the first stage, (x, tokens, …) on the others; … is documents, positions where both exist.
+
+        Returns:
+            (x, tokens, …) for the next stage, or logits (B, T, V) on the last.
+        """
+        x_BTD, rows = (None, inputs) if self.is_first else (inputs[0], inputs[1:])
+        token_BT, document_BT, position_BT = unpack_rows(rows)
+        context = make_context(
+            self.config,
+            token_BT,
+            position_BT=position_BT,
+            document_BT=document_BT,
+            num_meta_columns=self.num_meta_columns,
+        )
+        context = shard_context(context, self.tensor_parallel)
+        if x_BTD is None:
+            x_BTD = self.embedding(token_BT, context)
+        recompute = self.activation_checkpointing and self.training
+        x_BTD = run_blocks(self.blocks.values(), x_BTD, context, recompute=recompute)
+        if self.head is None:
+            return (x_BTD, *rows)
+        return self.head(x_BTD, self.embedding.tokens.weight if self.embedding is not None else None)
+
+
+def pack_rows(token_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None) -> tuple[Tensor, ...]:
+    """What travels with the hidden states: int64 (B, T), one to three of them. Positions come with documents only."""
+    if document_BT is None:
+        return (token_BT,)
+    return (token_BT, document_BT) if position_BT is None else (token_BT, document_BT, position_BT)
+
+
+def unpack_rows(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Inverse of ``pack_rows``."""
+    return rows[0], rows[1] if len(rows) > 1 else None, rows[2] if len(rows) > 2 else None
+
+
+def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits, labels) to the sum of cross-entropies, for whole or vocabulary-sharded logits."""
+    if tp is None:
+        return cross_entropy_sum
+    start = tp.rank * vocabulary_multiple(config, tp.size)
+    return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
+
+
+class StageLoss:
+    """The last stage's loss: scaled for the gradient, and its plain sum on record for the step's report."""
+
+    def __init__(self, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.cross_entropy = cross_entropy
+        self.scale = 1.0
+        self.sums: list[Tensor] = []
+
+    def __call__(self, logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
+        """Sum of cross-entropies times ``scale``."""
+        loss_sum = self.cross_entropy(logits_BTV, label_BT)
+        self.sums.append(loss_sum.detach().double())
+        return loss_sum * self.scale
+
+
+def make_pipeline(stage: Stage, config: ModelConfig, topology: Topology, loss: StageLoss) -> Any:
+    """DeepSpeed's PipelineModule around this rank's stage: one layer a stage. Collective; weights must be filled.
+
+    Tied tables: DeepSpeed sums their gradients over the first and the last stage, and counts the first's copy alone in
+    the norm. It would count none of the last stage's other parameters either, which is undone here.
+    """
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    last = topology.pipeline_parallel_size - 1
+
+    class TiedStage(TiedLayerSpec):
+        def build(self, log: bool = False) -> nn.Module:
+            return stage
+
+    def layer(number: int) -> Any:
+        if config.tie_embeddings and number in (0, last):
+            return TiedStage("embedding", Stage, tied_weight_attr="embedding.tokens.weight")
+        return stage if number == topology.pipeline_parallel_rank else nn.Identity()  # others are not built here
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its layout; ours is in the log
+        module = PipelineModule(
+            [layer(number) for number in range(last + 1)],
+            topology=PipeModelDataParallelTopology(
+                last + 1, topology.tensor_parallel_size, topology.data_parallel_size
+            ),
+            loss_fn=loss,
+            partition_method="uniform",
+        )
+    for name, parameter in stage.named_parameters():
+        parameter.ds_pipe_replicated = (  # type: ignore[attr-defined]
+            config.tie_embeddings and stage.is_last and name == "embedding.tokens.weight"
+        )
+    return module

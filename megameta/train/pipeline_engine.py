@@ -1,0 +1,80 @@
+"""Pipeline stages under DeepSpeed: the same small interface as ``Engine``, with 1F1B schedules inside."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megameta.config import RunConfig
+from megameta.data.loader import Batch
+from megameta.parallel.pipeline import Stage, StageLoss, loss_function, make_pipeline, pack_rows
+from megameta.parallel.topology import Topology
+from megameta.train.engine import Engine
+from megameta.train.losses import count_targets
+
+#: Batches of one pass through the pipeline in an evaluation.
+EVALUATED_TOGETHER = 16
+
+
+class PipelineEngine(Engine):
+    """A stage of the model under DeepSpeed's PipelineEngine (ZeRO 1)."""
+
+    def _wrap(self, model: Any) -> Any:
+        self.stage: Stage = model
+        self.loss = StageLoss(loss_function(self.config.model, self.groups.tensor))
+        return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
+
+    def _mpu(self) -> Any:
+        return None  # the PipelineModule brings its own
+
+    def _accumulate(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        from deepspeed.runtime.pipe.schedule import OptimizerStep
+
+        # The schedule ends with the update, which here waits until every rank's loss is known to be finite.
+        self.engine._INSTRUCTION_MAP = {**type(self.engine)._INSTRUCTION_MAP, OptimizerStep: lambda _engine: None}
+        self._expect(batches)
+        self.loss.scale = scale
+        self.engine.train_batch(_items(batches))
+        return self._take_sums()
+
+    def _update(self) -> None:
+        self.engine._exec_optimizer_step()
+
+    def _sum_losses(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, int, int]:
+        batches = iter(batches)
+        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        targets = num_bytes = 0
+        while chunk := list(itertools.islice(batches, EVALUATED_TOGETHER)):
+            self._expect(chunk)
+            self.engine.eval_batch(_items(chunk), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
+            total += self._take_sums()
+            for batch in chunk:
+                counts = count_targets(batch, byte_counts)
+                targets, num_bytes = targets + counts[0], num_bytes + counts[1]
+        return total, targets, num_bytes
+
+    def _expect(self, batches: Sequence[Batch]) -> None:
+        """Buffers between stages have the shape of the batches to come."""
+        self.stage.num_meta_columns = batches[0].num_meta_columns
+        shape = batches[0].token_BT.shape
+        if getattr(self, "_shape", shape) != shape:
+            self.engine.reset_activation_shape()
+        self._shape = shape
+
+    def _take_sums(self) -> Tensor:
+        """Sum of the micro-batches' losses since the last call; 0 on all stages but the last."""
+        sums, self.loss.sums = self.loss.sums, []
+        return sum(sums, torch.zeros((), dtype=torch.float64, device=self.topology.device))
+
+
+def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels."""
+    return iter([(pack_rows(b.token_BT, b.document_BT, b.position_BT), b.label_BT) for b in batches])
+
+
+def make_engine(config: RunConfig, topology: Topology, weights: Mapping[str, Tensor] | None = None) -> Engine:
+    """The engine for the layout: collective."""
+    kind = PipelineEngine if topology.pipeline_parallel_size > 1 else Engine
+    return kind(config, topology, weights)

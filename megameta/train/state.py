@@ -1,0 +1,201 @@
+"""What an engine holds, by canonical name: weights, moments and gradients, in full or as shards, under every layout."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megameta.model import ModelConfig
+from megameta.parallel.groups import TensorParallel
+from megameta.parallel.tensor_parallel import shard_dim, shard_of
+from megameta.parallel.topology import Topology
+from megameta.train.setup import logical_shapes, read_shard
+
+#: AdamW's state that has the shape of its parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Ranks of one pipeline stage that write checkpoint files; more would make many small ones.
+MAX_WRITERS = 8
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """One tensor of a checkpoint."""
+
+    kind: str
+    """"model" or "optimizer"."""
+    name: str
+    """Canonical name; of moments "exp_avg.NAME" and "exp_avg_sq.NAME"."""
+    shape: tuple[int, ...]
+    owner: int
+    """The rank that gets and writes it."""
+
+
+class EngineState:
+    """Access to the parameters of a DeepSpeed engine by their names in the plain ``GPT``.
+
+    Args:
+        engine: DeepSpeed's, made.
+        optimizer: the client's, which ZeRO wraps and feeds with flat partitions.
+        model: the GPT or stage inside the engine's module.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        config: ModelConfig,
+        topology: Topology,
+        tp: TensorParallel | None,
+    ) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+        self.topology = topology
+        self.config = config
+        self.tp = tp
+        self.parameters = dict(model.named_parameters())
+        self.shapes = logical_shapes(config)
+        self.stage = engine.zero_optimization_stage()
+
+    @property
+    def owned_names(self) -> list[str]:
+        """Parameters that this pipeline stage answers for: all of its own but a tied table's second copy."""
+        first = self.topology.pipeline_parallel_rank == 0
+        return [n for n in self.parameters if first or n != "embedding.tokens.weight"]
+
+    # --- out --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def entries(self) -> Sequence[StateEntry]:
+        """Tensors of a checkpoint that this rank helps to gather, in the order in which all of its stage do so."""
+        t = self.topology
+        ranks = [
+            t.rank_of(pipeline=t.pipeline_parallel_rank, data=data, tensor=tensor)
+            for data in range(t.data_parallel_size)
+            for tensor in range(t.tensor_parallel_size)
+        ][:MAX_WRITERS]
+        return [
+            StateEntry(
+                "model" if key is None else "optimizer",
+                _entry_name(name, key),
+                self.shapes[name],
+                ranks[i % len(ranks)],
+            )
+            for i, name in enumerate(self.owned_names)
+            for key in (None, *MOMENTS)
+        ]
+
+    def gather(self, entry: StateEntry) -> Tensor | None:
+        """An entry in full, float32, on the CPU, where this rank owns it; None elsewhere. Collective in the stage."""
+        key, name = (None, entry.name) if entry.kind == "model" else entry.name.split(".", 1)
+        full = self.full(name, self.local(name, key))
+        # copied: the state goes on changing while it is written
+        return full.float().cpu().clone() if entry.owner == self.topology.rank else None
+
+    def local(self, name: str, key: str | None = None) -> Tensor:
+        """This rank's shard of a weight, or of a moment, whole over data-parallel ranks: collective among those."""
+        parameter = self.parameters[name]
+        if self.stage == 0:
+            return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensor = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        return tensor.detach()
+
+    def gradient(self, name: str) -> Tensor:
+        """The whole averaged gradient of the step, between backward and update: collective (tests use it)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return self.full(name, safe_get_full_grad(self.parameters[name]).detach()).float().cpu().clone()
+
+    def full(self, name: str, local: Tensor) -> Tensor:
+        """A logical tensor from the tensor-parallel ranks' shards: collective among those. Padding is left out."""
+        dim, shape = shard_dim(name), self.shapes[name]
+        if self.tp is not None and dim is not None:
+            parts = local.new_empty(self.tp.size * local.shape[0], *local.shape[1:])
+            dist.all_gather_into_tensor(parts, local.contiguous(), group=self.tp.group)
+            local = parts if dim == 0 else torch.cat(parts.chunk(self.tp.size), dim)
+        return local[: shape[0]]
+
+    # --- in ---------------------------------------------------------------------------------------------------------
+
+    def shard(self, tensors: Mapping[str, Tensor], name: str, key: str | None = None) -> Tensor:
+        """This rank's shard of a logical tensor, with zeros for vocabulary padding, on the engine's device."""
+        size, rank = (self.tp.size, self.tp.rank) if self.tp is not None else (1, 0)
+        piece = read_shard(tensors, _entry_name(name, key), shard_of(name, self.shapes[name], self.config, rank, size))
+        piece = piece.to(self.topology.device)
+        parameter = self.parameters[name]
+        whole = piece.new_zeros(getattr(parameter, "ds_shape", parameter.shape))
+        whole[: piece.shape[0]] = piece
+        return whole
+
+    def load_moments(self, moments: Mapping[str, Tensor], step: int) -> None:
+        """Put saved moments (by entry name) and AdamW's step count in place.
+
+        The weights must have been in the model when the engine was made.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        state = self.inner_optimizer.state
+        for tensor in self.partitions():
+            state[tensor]["step"].fill_(step)
+        for group in self.inner_optimizer.param_groups:
+            if "step" in group:  # apex counts by group
+                group["step"] = step
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                value = self.shard(moments, name, key)
+                if self.stage == 0:
+                    state[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def restore_masters(self, exact: dict[str, Tensor]) -> None:
+        """DeepSpeed's fp16 section makes its float32 master weights from halves; put the exact ones in their place."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, tensor in exact.items():
+            safe_set_full_fp32_param(self.parameters[name], tensor)
+
+    # --- the optimiser ----------------------------------------------------------------------------------------------
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The client's optimiser."""
+        return self.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    def partitions(self) -> list[Tensor]:
+        """The tensors that the inner optimiser updates: parameters, or this rank's flat partitions of them."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        if self.stage > 0:
+            return list(zero.single_partition_of_fp32_groups)
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def make_moments(self) -> None:
+        """Make AdamW's state before the first step, which would make it itself, and link it to the parameters.
+
+        ZeRO 1 and 2 link after the first parameter group's first step, when the second group has no state yet, and
+        never again, so that safe_get_full_optimizer_state fails for that group (seen with DeepSpeed 0.19.8).
+        """
+        state = self.inner_optimizer.state
+        for tensor in self.partitions():
+            state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
+            state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that AdamW has made (fp16 may have skipped some steps)."""
+        by_group = self.inner_optimizer.param_groups[0].get("step")  # apex
+        return int(by_group if by_group is not None else self.inner_optimizer.state[self.partitions()[0]]["step"])
+
+
+def _entry_name(name: str, key: str | None) -> str:
+    return name if key is None else f"{key}.{name}"
