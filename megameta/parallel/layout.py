@@ -5,10 +5,12 @@ Letters: D model width, F feed-forward width, K head width, P padded vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.model import ModelConfig
+from megameta.parallel.pipeline import stage_bounds
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,14 @@ def stage_weights(model: ModelConfig, layout: Layout, blocks: tuple[int, int]) -
 
 
 def stage_blocks(config: RunConfig, pipeline: int) -> list[tuple[int, int]]:
-    """The blocks [first, end) of each stage: contiguous, the stage with the most parameters as small as can be."""
-    model = config.model
-    whole = Layout(1, pipeline, 1, 0, False, 1, 1, False)
-    block = block_weights(model).count
-    edges = [0.0] * pipeline
-    empty = Weights()
-    for stage, blocks in ((0, (0, 0)), (pipeline - 1, (model.num_layers, model.num_layers))):
-        edges[stage] += stage_weights(model, whole, blocks).count - empty.count
-    counts = [1] * pipeline
-    for _ in range(model.num_layers - pipeline):
-        counts[min(range(pipeline), key=lambda s: (edges[s] + (counts[s] + 1) * block, s))] += 1
-    ends = [sum(counts[: stage + 1]) for stage in range(pipeline)]
-    return [(end - count, end) for end, count in zip(ends, counts)]
+    """The blocks [first, end) of each stage, as a run divides them."""
+    data = config.data
+    balance = config.parallel.pipeline_balance
+    return _stage_blocks(config.model, pipeline, balance, data.sequence_length, data.num_meta_tokens)
+
+
+@cache
+def _stage_blocks(
+    model: ModelConfig, pipeline: int, balance: str, length: int, num_meta: int
+) -> list[tuple[int, int]]:  # kept, as a plan asks for the same ones hundreds of times
+    return stage_bounds(model, pipeline, balance=balance, length=length, num_meta=num_meta)

@@ -49,9 +49,7 @@ class Transfer:
     def wire(self) -> float:
         """Bytes that the rank sends in a step by the ring algorithms."""
         share = (self.ranks - 1) / self.ranks
-        return (
-            self.payload * {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "send": 1}[self.kind]
-        )
+        return self.payload * {"all_reduce": 2 * share, "send": 1.0}.get(self.kind, share)
 
 
 def transfers(config: RunConfig, layout: Layout, stage: int, blocks: tuple[int, int]) -> list[Transfer]:

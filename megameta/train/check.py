@@ -68,21 +68,18 @@ def describe_layout(config: RunConfig, layout: Layout) -> list[str]:
         return []
     stages = estimate(config, layout)
     lines = [
-        f"layout     {layout.world_size} ranks = tensor {layout.tensor} × data {layout.data} × pipeline {layout.pipeline};"
-        f" rank = (pipeline · {layout.data} + data) · {layout.tensor} + tensor",
+        f"layout     {layout.world_size} ranks = pipeline {layout.pipeline} × data {layout.data} × tensor {layout.tensor},"
+        " tensor fastest",
         *(_places(layout, stage) for stage in stages),
     ]
     if layout.pipeline > 1:
-        lines.append(
-            f"           bubble: {layout.bubble:.1%} of a step, with {layout.accumulation} micro-batches (1F1B)"
-        )
-    names = "parameters  model  gradients  optimizer  activations  workspace  total".split()
-    lines.append(
-        "memory     " + " ".join(name.rjust(11) for name in ("of a rank", *names)) + "  (M; then GB, estimated)"
-    )
-    lines += ["           " + _memory(stage) for stage in stages]
-    traffic = [line for stage in stages for line in _traffic(stage)]
-    return [*lines, "traffic    sent by a rank in a step, in GB (entering collectives; on the wire by ring)", *traffic]
+        lines.append(f"  bubble   {layout.bubble:.1%} of a step: {layout.accumulation} micro-batches, 1F1B")
+    lines.append("memory     of a rank, estimated: parameters in M, the rest in GB")
+    names = ["", "parameters", "model", "gradients", "optimizer", "activations", "workspace", "total"]
+    rows = [names, *(_memory(stage) for stage in stages)]
+    lines += ["  " + row[0].ljust(9) + " ".join(cell.rjust(11) for cell in row[1:]) for row in rows]
+    lines.append("traffic    of a rank in a step, estimated, in GB: entering collectives; on the wire (ring)")
+    return lines + [line for stage in stages for line in _traffic(stage)]
 
 
 def _places(layout: Layout, stage: StageEstimate) -> str:
@@ -101,11 +98,10 @@ def _range(blocks: tuple[int, int]) -> str:
     return f"block {blocks[0]}" if blocks[1] - blocks[0] == 1 else f"blocks {blocks[0]}–{blocks[1] - 1}"
 
 
-def _memory(stage: StageEstimate) -> str:
+def _memory(stage: StageEstimate) -> list[str]:
     memory = stage.memory
     parts = [memory.model, memory.gradients, memory.optimizer, memory.activations, memory.workspace, memory.total]
-    cells = [f"stage {stage.stage}", f"{stage.weights.count / 1e6:,.2f}", *(f"{part / 1e9:,.3f}" for part in parts)]
-    return " ".join(cell.rjust(11) for cell in cells)
+    return [f"stage {stage.stage}", f"{stage.weights.count / 1e6:,.2f}", *(f"{part / 1e9:,.3f}" for part in parts)]
 
 
 def _traffic(stage: StageEstimate) -> list[str]:
