@@ -199,15 +199,21 @@ def live_parameters(config: RunConfig, layout: Layout, weights: Weights) -> floa
 
 
 def _persistent(config: RunConfig, layout: Layout, blocks: tuple[int, int]) -> int:
-    """Parameters so small that ZeRO 3 keeps them whole."""
+    """Parameters in tensors so small that ZeRO 3 keeps them whole; it runs without pipeline stages."""
     threshold = zero_option(config, "stage3_param_persistence_threshold", 1e5)
     model, n = config.model, layout.tensor
     width, inner = model.hidden_size, model.intermediate_size
     key_value = model.num_key_value_heads * model.head_size
-    block = block_weights(model, n)
     branches = 2 if model.meta_attention else 1
-    shapes = [(2 * branches, width * width // n), (2 * branches, width * key_value // n)]
-    shapes.append((3 if model.activation == "swiglu" else 2, width * inner // n))
-    small = sum(count * size for count, size in shapes if size <= threshold)
-    vectors = block.other  # each far below any sensible threshold, unless that is 0
-    return (blocks[1] - blocks[0]) * (small + (vectors if threshold >= max(width, inner) else 0))
+    per_block = [
+        (2 * branches, width * width // n),
+        (2 * branches, width * key_value // n),
+        (3 if model.activation == "swiglu" else 2, width * inner // n),
+    ]
+    vectors = block_weights(model, n).other  # judged by a norm's size
+    small = sum(count * size for count, size in per_block if size <= threshold)
+    small += vectors if width <= threshold else 0
+    edges = [(1 if model.tie_embeddings else 2, table_rows(model, n) * width)]
+    edges.append((1 if model.position == "ape" else 0, model.max_position_embeddings * width))
+    edges.append((2 if model.bias and model.norm == "layernorm" else 1, width))
+    return (blocks[1] - blocks[0]) * small + sum(count * size for count, size in edges if size <= threshold)
