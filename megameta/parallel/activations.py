@@ -65,21 +65,26 @@ class Activations:
     """Most that comes and goes while a block's backward pass runs."""
     head_temporary: float
     """The same for head and loss."""
+    logits: float
+    """Of which DeepSpeed's pipeline holds on to two micro-batches'."""
 
     def kept(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
         """Between a micro-batch's forward and backward pass."""
         one = self.block_input if recompute else self.block + self.block_copies
         return num_blocks * one + self.shared + (self.head if last else self.stage_output)
 
-    def at_peak(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
-        """Beyond ``kept``, at the worst moment of the forward and the backward pass of one micro-batch."""
-        in_block = self.block_temporary - (self.head if last else 0.0)
-        at_end = self.head_temporary if last else 0.0
+    def at_loss(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
+        """Beyond ``kept``, between the forward and the backward pass, when the first gradients are still to come."""
+        most = self.head_temporary if last else 0.0
         if recompute:
-            in_block += self.block + self.block_copies - self.block_input
             # Autocast lets go of its copies of weights when the forward pass returns, not when a block does.
-            at_end = max(at_end, num_blocks * self.block_copies + (0.75 * self.head_temporary if last else 0.0))
-        return max(in_block, at_end)
+            most = max(most, num_blocks * self.block_copies + 0.75 * most)
+        return most
+
+    def in_block(self, *, last: bool, recompute: bool) -> float:
+        """Beyond ``kept``, in the backward pass of the last block, when the head's are gone."""
+        again = self.block + self.block_copies - self.block_input if recompute else 0.0
+        return self.block_temporary + again - (self.head if last else 0.0)
 
 
 def activations(config: RunConfig, layout: Layout) -> Activations:
@@ -115,6 +120,7 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
         stage_output=block_input,
         block_temporary=4 * block_input + inside,
         head_temporary=_head_temporary(model, widths, layout, rows),
+        logits=widths.linear * rows * _columns(model, layout),
     )
 
 

@@ -81,16 +81,43 @@ def memory_estimate(
         model = width * (count / n + min(count, live_parameters(config, layout, weights) + prefetched))
     gradients = width * count / (n if zero >= 2 else 1)
     optimizer = 8.0 * count if zero == 0 else 12.0 * count / n
-    last, recompute = stage == layout.pipeline - 1, layout.checkpointing
-    num_blocks = blocks[1] - blocks[0]
-    kept = layout.in_flight(stage) * per_micro_batch.kept(num_blocks, last=last, recompute=recompute)
-    in_backward = per_micro_batch.at_peak(num_blocks, last=last, recompute=recompute)
-    bucket = zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)
-    reduced = min(count, bucket)
-    if zero == 0:
-        in_step = width * reduced if n > 1 else 0.0  # gradients are flattened for the all-reduce
-    else:
-        in_backward += width * bucket + (width * reduced if zero >= 2 else 0.0)
-        in_step = width * (bucket + reduced) + 8.0 * count / n  # two copies of this rank's gradients
-    workspace = max(in_backward, in_step - kept)
+    last, num_blocks = stage == layout.pipeline - 1, blocks[1] - blocks[0]
+    kept = layout.in_flight(stage) * per_micro_batch.kept(num_blocks, last=last, recompute=layout.checkpointing)
+    if layout.pipeline > 1:  # buffers for what comes in and its gradient; two micro-batches' logits
+        kept += (3 * per_micro_batch.block_input if stage > 0 else 0.0) + (2 * per_micro_batch.logits if last else 0.0)
+    workspace = _workspace(config, layout, width * count, (num_blocks, last), per_micro_batch, kept)
     return MemoryEstimate(model, gradients, optimizer, kept, workspace)
+
+
+def _workspace(
+    config: RunConfig,
+    layout: Layout,
+    gradients: float,
+    blocks: tuple[int, bool],
+    per_micro_batch: Activations,
+    kept: float,
+) -> float:
+    """The most of three moments: at the loss, inside a block's backward pass, in the update.
+
+    DeepSpeed's bucket comes with the first gradient of a backward pass; ZeRO 2 gives it back with the last one, ZeRO 1
+    only after the reduction of the last micro-batch, ZeRO 3 never. What is reduced is copied once more.
+
+    Args:
+        gradients: bytes of all gradients of the stage's shard.
+        blocks: their number, and whether the head follows.
+    """
+    zero, (num_blocks, last) = layout.zero_stage, blocks
+    width = Widths.of(config.train.precision, zero).weight
+    bucket = width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET) if zero > 0 else 0.0
+    reduced = min(gradients, width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET))
+    stays = zero == 3 or (zero == 1 and layout.accumulation > 1)
+    at_loss = per_micro_batch.at_loss(num_blocks, last=last, recompute=layout.checkpointing) + (
+        bucket if stays else 0.0
+    )
+    in_block = per_micro_batch.in_block(last=last, recompute=layout.checkpointing)
+    in_block += bucket + (reduced if zero >= 2 else 0.0)
+    if zero == 0:
+        in_update = reduced if layout.data > 1 else 0.0  # flattened for the all-reduce
+    else:
+        in_update = bucket + reduced + 8.0 / width * gradients / layout.data  # two float32 copies of this rank's part
+    return max(at_loss, in_block, in_update - kept)

@@ -68,8 +68,8 @@ def describe_layout(config: RunConfig, layout: Layout) -> list[str]:
         return []
     stages = estimate(config, layout)
     lines = [
-        f"layout     {layout.world_size} ranks = pipeline {layout.pipeline} × data {layout.data} × tensor {layout.tensor}"
-        " (fastest)",
+        f"layout     {layout.world_size} ranks = pipeline {layout.pipeline} × data {layout.data}"
+        f" × tensor {layout.tensor}, tensor fastest",
         *(_places(layout, stage) for stage in stages),
     ]
     if layout.pipeline > 1:

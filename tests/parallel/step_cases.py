@@ -1,10 +1,13 @@
-"""Bytes that the ranks of a real step on gloo put into collectives, by group; run on every rank (see ranks.py)."""
+"""What a real step on gloo sends, keeps and needs, in bytes; run on every rank (see ranks.py)."""
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from live_tensors import LiveTensors, SavedTensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +18,7 @@ from megameta.train.pipeline_engine import make_engine
 
 VOCABULARY = 700
 #: Norms, loss sums and flags: not part of the estimate.
-SMALL = 64
+SMALL = 32
 KINDS = {
     "c10d.allreduce_.default": ("all_reduce", 0),
     "c10d._allgather_base_.default": ("all_gather", 0),
@@ -27,7 +30,7 @@ KINDS = {
 PASSIVE = {"c10d.recv_.default", "c10d.barrier.default"}
 
 
-def traffic_config(**changes) -> RunConfig:
+def step_config(**changes) -> RunConfig:
     """A tiny run; ``changes`` are section__key."""
     values: dict = {
         "run": {"device": "cpu"},
@@ -70,7 +73,7 @@ def make_batches(config: RunConfig, topology: Topology, step: int) -> list[Batch
             document_BT = (torch.arange(shape[1]) // 20).expand(shape).contiguous()
         if data.reset_positions:
             position_BT = (torch.arange(shape[1]) % 20).expand(shape).contiguous()
-        batches.append(Batch(token_BT, label_BT, document_BT, position_BT, data.num_meta_tokens, tuple(range(shape[0]))))
+        batches.append(Batch(token_BT, label_BT, document_BT, position_BT, data.num_meta_tokens, (0,) * shape[0]))
     return batches
 
 
@@ -101,19 +104,36 @@ class Counter(TorchDispatchMode):
             self.found[ranks, kind] += size
 
 
-def count_step(topology: Topology, config: RunConfig) -> dict[tuple[str, str], int]:
-    """Bytes of the third step by (group, kind); of the earlier ones some are DeepSpeed getting to know the model."""
+@dataclass(frozen=True)
+class Step:
+    """What one rank did."""
+
+    traffic: dict[tuple[str, str], int]
+    """Bytes that entered collectives in a step, by (group, kind)."""
+    saved: float
+    """Bytes saved for backward by a micro-batch."""
+    peak: int
+    """Most bytes that a step had allocated at once: gradients, activations and what comes and goes."""
+
+
+def observe(topology: Topology, config: RunConfig) -> Step:
+    """Run a few steps; the first ones, in which DeepSpeed gets to know the model, are not looked at."""
     topology = make_topology(topology, config)
     engine = make_engine(config, topology)
     for step in range(2):
         engine.train_step(make_batches(config, topology, step), 1e-3)
     with Counter() as counter:
         engine.train_step(make_batches(config, topology, 2), 1e-3)
-    result: dict[tuple[str, str], int] = defaultdict(int)
+    traffic: dict[tuple[str, str], int] = defaultdict(int)
     for (ranks, kind), size in counter.found.items():
-        result[group_of(topology, ranks, kind), kind] += size
-    engine.destroy()
-    return dict(result)
+        traffic[group_of(topology, ranks, kind), kind] += size
+    with LiveTensors() as live:
+        live.known(thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.device.type == "cpu")
+        engine.train_step(make_batches(config, topology, 3), 1e-3)
+    batches = make_batches(config, topology, 4)
+    with SavedTensors(engine.model.parameters()) as saved:
+        engine._accumulate(batches, 1.0)
+    return Step(dict(traffic), saved.num_bytes / len(batches), live.peak)
 
 
 def group_of(topology: Topology, ranks: tuple[int, ...], kind: str) -> str:
