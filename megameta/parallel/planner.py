@@ -9,6 +9,8 @@ from megameta.parallel.layout import Layout
 
 #: Share of a GPU's memory left to CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.08
+#: Times this close are the same: the cost model is no finer.
+AS_GOOD = 1.02
 #: Largest micro-batch that is tried; larger ones gain nothing by the cost model.
 MOST_SEQUENCES = 64
 
@@ -30,8 +32,8 @@ def plan(config: RunConfig, num_gpus: int, gpu_memory: float, hardware: Hardware
     """Judge every layout of ``num_gpus``; ``gpu_memory`` in bytes."""
     usable = gpu_memory * (1 - HEADROOM)
     leanest: Evaluation | None = None
-    fastest: dict[tuple, Evaluation] = {}
-    considered = fitting = 0
+    groups: dict[tuple, list[Evaluation]] = {}
+    considered = 0
     for layout in layouts(config, num_gpus, hardware.gpus_per_node):
         found = evaluate(config, layout, hardware)
         considered += 1
@@ -39,12 +41,15 @@ def plan(config: RunConfig, num_gpus: int, gpu_memory: float, hardware: Hardware
             leanest = found
         if found.memory > usable:
             continue
-        fitting += 1
-        key = (layout.tensor, layout.pipeline, layout.zero_stage)
-        if key not in fastest or found.time.total < fastest[key].time.total:
-            fastest[key] = found
-    best = sorted(fastest.values(), key=lambda found: found.time.total)
-    return Plan(best, leanest, considered, fitting)
+        groups.setdefault((layout.tensor, layout.pipeline, layout.zero_stage), []).append(found)
+    best = sorted(map(_representative, groups.values()), key=lambda found: found.time.total)
+    return Plan(best, leanest, considered, sum(map(len, groups.values())))
+
+
+def _representative(group: list[Evaluation]) -> Evaluation:
+    """Of those that are as good as the fastest, the one that needs least memory."""
+    limit = AS_GOOD * min(found.time.total for found in group)
+    return min((found for found in group if found.time.total <= limit), key=lambda found: found.memory)
 
 
 def layouts(config: RunConfig, num_gpus: int, gpus_per_node: int) -> Iterator[Layout]:
