@@ -115,7 +115,7 @@ def _workspace(
         bucket if stays else 0.0
     )
     in_block = per_micro_batch.in_block(last=last, recompute=layout.checkpointing)
-    in_block += bucket + (reduced if zero >= 2 else 0.0)
+    in_block += bucket + (reduced if zero >= 2 and gradients > bucket else 0.0)  # else reduced when the pass is over
     if zero == 0:
         in_update = reduced if layout.data > 1 else 0.0  # flattened for the all-reduce
     else:

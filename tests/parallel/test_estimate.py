@@ -151,7 +151,14 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2, ZeRO 1": (2, {"parallel__zero_stage": 1}),
     "dp2, ZeRO 2": (2, {"parallel__zero_stage": 2}),
     "dp2, ZeRO 3": (2, {"parallel__zero_stage": 3, "deepspeed": {"zero_optimization": NOTHING_KEPT}}),
-    "dp2, ZeRO 3, all kept, bf16": (2, {"parallel__zero_stage": 3, "train__precision": "bf16"}),
+    "dp2, ZeRO 3, all kept, bf16": (
+        2,
+        {
+            "parallel__zero_stage": 3,
+            "train__precision": "bf16",
+            "deepspeed": {"zero_optimization": {**BUCKET, "stage3_param_persistence_threshold": 100}},
+        },
+    ),
     "tp2, dp2, ZeRO 2": (4, {**TENSOR, "parallel__zero_stage": 2}),
     "tp2, pp2, sequence, recomputed": (4, {**SEQUENCE, **STAGES, "train__activation_checkpointing": True}),
 }
