@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
     generate.set_defaults(run=_generate)
+    _add_plan(commands)
     config = commands.add_parser("config", help="show, check or describe a configuration")
     parts = config.add_subparsers(dest="part", required=True, metavar="PART")
     show = parts.add_parser("show", help="print every value as YAML")
@@ -63,6 +64,27 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="propose parallel layouts that fit a number of GPUs",
+        description="List layouts (tensor, pipeline and data parallel, ZeRO stage, micro-batch, recomputation) that"
+        " fit, the fastest first by a cost model; docs/planning.md states it. Defaults are for H100 SXM nodes.",
+    )
+    _add_config_arguments(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N")
+    plan.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of one GPU (default: 80GB)")
+    plan.add_argument("--gpus-per-node", type=int, default=None, metavar="N", help="(default: 8)")
+    plan.add_argument("--peak-tflops", type=float, default=None, help="of a GPU (default: 989; in fp32 67)")
+    plan.add_argument("--efficiency", type=float, default=None, help="of matrix products (default: 0.6)")
+    plan.add_argument("--memory-bandwidth", type=float, default=None, metavar="GB/S", help="(default: 3000)")
+    plan.add_argument("--intra-bandwidth", type=float, default=None, metavar="GB/S", help="in a node (default: 300)")
+    plan.add_argument("--inter-bandwidth", type=float, default=None, metavar="GB/S", help="between nodes (default: 40)")
+    plan.add_argument("--limit", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
+    plan.add_argument("--json", metavar="FILE", default=None, help="also write them there")
+    plan.set_defaults(run=_plan)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +133,30 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megameta.commands.plan import make_plan
+
+    def scaled(value: float | None, unit: float) -> float | None:
+        return None if value is None else value * unit
+
+    return make_plan(
+        arguments.config,
+        arguments.overrides,
+        gpus=arguments.gpus,
+        gpu_memory=arguments.gpu_memory,
+        hardware={
+            "gpus_per_node": arguments.gpus_per_node,
+            "peak_flops": scaled(arguments.peak_tflops, 1e12),
+            "efficiency": arguments.efficiency,
+            "memory_bandwidth": scaled(arguments.memory_bandwidth, 1e9),
+            "intra_bandwidth": scaled(arguments.intra_bandwidth, 1e9),
+            "inter_bandwidth": scaled(arguments.inter_bandwidth, 1e9),
+        },
+        limit=arguments.limit,
+        json_path=arguments.json,
     )
 
 

@@ -1,5 +1,6 @@
 """``megameta config check``: every problem before anything is started, and what the run would be."""
 
+import contextlib
 import os
 
 import torch
@@ -8,6 +9,9 @@ from megameta.config import RunConfig
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT
+from megameta.parallel.estimate import StageEstimate, estimate
+from megameta.parallel.layout import Layout
+from megameta.parallel.traffic import GROUPS, by_group
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.metrics import step_flops
 from megameta.train.setup import load_run_config
@@ -27,6 +31,8 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
     except UserError as error:
         found.append(str(error))
     print("\n".join(describe(config, world_size)))
+    with contextlib.suppress(UserError):  # a division that fails is among the problems
+        print("\n".join(describe_layout(config, Layout.of(config, world_size))))
     for missing in missing_files(config):
         print(f"not there yet: {missing}")
     for problem in found:
@@ -54,6 +60,62 @@ def describe(config: RunConfig, world_size: int) -> list[str]:
         f"run        {train.num_steps:,} steps, {train.num_steps * slots / 1e9:,.2f} B slots,"
         f" {train.num_steps * text / 1e9:,.2f} B of text; {train.precision}, ZeRO {config.parallel.zero_stage}",
     ]
+
+
+def describe_layout(config: RunConfig, layout: Layout) -> list[str]:
+    """Who sits where; parameters, memory and traffic of a rank, by stage. Estimated: docs/planning.md says how."""
+    if layout.pipeline > config.model.num_layers:
+        return []
+    stages = estimate(config, layout)
+    lines = [
+        f"layout     {layout.world_size} ranks = pipeline {layout.pipeline} × data {layout.data}"
+        f" × tensor {layout.tensor}, tensor fastest",
+        *(_places(layout, stage) for stage in stages),
+    ]
+    if layout.pipeline > 1:
+        lines.append(f"  bubble   {layout.bubble:.1%} of a step: {layout.accumulation} micro-batches, 1F1B")
+    lines.append("memory     of a rank, estimated: parameters in M, the rest in GB")
+    names = ["", "parameters", "model", "gradients", "optimizer", "activations", "workspace", "total"]
+    rows = [names, *(_memory(stage) for stage in stages)]
+    lines += ["  " + row[0].ljust(9) + " ".join(cell.rjust(11) for cell in row[1:]) for row in rows]
+    lines.append("traffic    of a rank in a step, estimated, in GB: entering collectives; on the wire (ring)")
+    return lines + [line for stage in stages for line in _traffic(stage)]
+
+
+def _places(layout: Layout, stage: StageEstimate) -> str:
+    """The ranks of a stage, those that share layers in one bracket; a replica each."""
+    first = stage.stage * layout.data * layout.tensor
+    groups = [range(first + d * layout.tensor, first + (d + 1) * layout.tensor) for d in range(layout.data)]
+    shown = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups]
+    if len(shown) > 10:
+        shown = [*shown[:8], "…", shown[-1]]
+    last = stage.stage == layout.pipeline - 1
+    parts = ["embedding"] * (stage.stage == 0) + [_range(stage.blocks)] + ["head"] * last
+    return f"  stage {stage.stage:<3}{', '.join(parts)}: ranks {' '.join(f'[{text}]' for text in shown)}"
+
+
+def _range(blocks: tuple[int, int]) -> str:
+    return f"block {blocks[0]}" if blocks[1] - blocks[0] == 1 else f"blocks {blocks[0]}–{blocks[1] - 1}"
+
+
+def _memory(stage: StageEstimate) -> list[str]:
+    memory = stage.memory
+    parts = [memory.model, memory.gradients, memory.optimizer, memory.activations, memory.workspace, memory.total]
+    return [f"stage {stage.stage}", f"{stage.weights.count / 1e6:,.2f}", *(f"{part / 1e9:,.3f}" for part in parts)]
+
+
+def _traffic(stage: StageEstimate) -> list[str]:
+    sums = by_group(stage.transfers)
+    lines = []
+    for group in (group for group in GROUPS if group in sums):
+        payload, wire = sums[group]
+        parts: dict[str, float] = {}
+        for transfer in stage.transfers:
+            if transfer.group == group:
+                parts[transfer.kind] = parts.get(transfer.kind, 0.0) + transfer.payload
+        kinds = ", ".join(f"{kind.replace('_', '-')} {size / 1e9:,.3f}" for kind, size in parts.items())
+        lines.append(f"  stage {stage.stage:<3}{group:<10} {payload / 1e9:,.3f}; {wire / 1e9:,.3f}   ({kinds})")
+    return lines or [f"  stage {stage.stage:<3}none"]
 
 
 def missing_files(config: RunConfig) -> list[str]:

@@ -1,0 +1,190 @@
+"""Bytes that one micro-batch keeps for its backward pass, tensor by tensor: derived from the model's code, not fitted.
+
+What autograd saves (tests/parallel/test_activations.py compares with what it did save, and with the peak of all live
+tensors):
+
+- A norm keeps its input, its statistics and, RMSNorm, the normalised rows (CUDA's fused RMSNorm does without those).
+- The residual stream is float32 under autocast, and so is what norms return. Each linear layer fed by it makes and
+  keeps its own bf16 copy: three for queries, keys and values. Under ZeRO 3 DeepSpeed's linear keeps the float32 input.
+- Linear layers under autocast keep a bf16 copy of their weight, once a micro-batch in flight; not under ZeRO 3.
+- Attention keeps queries, keys, values, its output and a float32 log-sum a row and head; never a T × T matrix, except
+  for the mask of documents, which sdpa converts in every layer.
+- The loss keeps float32 log-probabilities of all rows; its backward pass needs two more of that size for a moment.
+
+Letters: B batch, T rows, S rows of the residual stream here (T / n under sequence parallelism), M meta rows, D model
+width, F feed-forward width, V vocabulary entries here, n tensor-parallel ranks.
+"""
+
+from dataclasses import dataclass
+
+from megameta.config import RunConfig
+from megameta.model import ModelConfig
+from megameta.parallel.layout import Layout, block_weights, table_rows
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number."""
+
+    weight: int
+    """Parameters and their gradients."""
+    residual: int
+    """Residual stream and outputs of norms."""
+    linear: int
+    """Outputs of linear layers, and what they feed."""
+    copies: bool
+    """Whether linear layers keep low-precision copies of inputs and weights (autocast outside ZeRO 3)."""
+
+    @classmethod
+    def of(cls, precision: str, zero_stage: int) -> "Widths":
+        """fp16 with ZeRO runs in halves with float32 masters; bf16, and fp16 at ZeRO 0, is autocast over float32."""
+        if precision == "fp32":
+            return cls(4, 4, 4, False)
+        if precision == "fp16" and zero_stage > 0:
+            return cls(2, 2, 2, False)
+        return cls(4, 4, 2, zero_stage < 3)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank of one stage, for one micro-batch."""
+
+    block_input: float
+    """What a recomputed block keeps."""
+    block: float
+    """What a block keeps, its input included; without copies of weights."""
+    block_copies: float
+    """Low-precision copies of a block's weights."""
+    shared: float
+    """Kept once: ids, masks, rotations."""
+    head: float
+    """Final norm, copy of the output weight, log-probabilities. Last stage only."""
+    stage_output: float
+    """Hidden states handed to the next stage, which the pipeline holds until their gradient is back."""
+    block_temporary: float
+    """Most that comes and goes while a block's backward pass runs."""
+    head_temporary: float
+    """The same for head and loss."""
+    logits: float
+    """Of which DeepSpeed's pipeline holds on to two micro-batches'."""
+
+    def kept(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
+        """Between a micro-batch's forward and backward pass."""
+        one = self.block_input if recompute else self.block + self.block_copies
+        return num_blocks * one + self.shared + (self.head if last else self.stage_output)
+
+    def at_loss(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
+        """Beyond ``kept``, between the forward and the backward pass, when the first gradients are still to come."""
+        most = self.head_temporary if last else 0.0
+        if recompute:
+            # Autocast lets go of its copies of weights when the forward pass returns, not when a block does.
+            most = max(most, num_blocks * self.block_copies + 0.75 * most)
+        return most
+
+    def in_block(self, *, last: bool, recompute: bool) -> float:
+        """Beyond ``kept``, in the backward pass of the last block, when the head's are gone."""
+        again = self.block + self.block_copies - self.block_input if recompute else 0.0
+        return self.block_temporary + again - (self.head if last else 0.0)
+
+
+def activations(config: RunConfig, layout: Layout) -> Activations:
+    """Of a micro-batch under this layout; the configuration's own layout plays no part."""
+    model, widths = config.model, Widths.of(config.train.precision, layout.zero_stage)
+    rows = layout.micro_batch_size * config.data.sequence_length
+    own_rows = rows / layout.tensor if layout.sequence_parallel else rows
+    meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens) if model.meta_attention else 0
+    width = model.hidden_size
+    block_input = widths.residual * own_rows * width
+    block = block_input * (1 if model.parallel_residual else 2)
+    block += 2 * _norm(model, widths, own_rows)
+    block += _linear_input(widths, rows, width, 3) + _attention(model, widths, rows, layout.tensor)
+    block += _mlp(model, widths, rows, layout.tensor)
+    if meta_rows:
+        block += 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
+        block += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width, 3)
+        block += _attention(model, widths, meta_rows, layout.tensor)
+    if config.data.document_mask:
+        block += widths.linear * (rows * config.data.sequence_length + meta_rows**2 / layout.micro_batch_size)
+    linear_weights = block_weights(model, layout.tensor).linear
+    inner = model.intermediate_size / layout.tensor
+    # What the activation's backward makes beyond what it frees, and the gradient of the largest weight, which under
+    # autocast exists in both dtypes for a moment.
+    inside = (2 if model.activation == "swiglu" else 1) * widths.linear * rows * inner
+    inside += (widths.linear + (0 if widths.linear == widths.weight else 4)) * max(inner, width) * width
+    return Activations(
+        block_input=block_input,
+        block=block,
+        block_copies=2.0 * linear_weights if widths.copies else 0.0,
+        shared=_shared(config, layout, rows, meta_rows),
+        head=_head(model, widths, layout, rows, own_rows),
+        stage_output=block_input,
+        block_temporary=4 * block_input + inside,
+        head_temporary=_head_temporary(model, widths, layout, rows),
+        logits=widths.linear * rows * _columns(model, layout),
+    )
+
+
+def _norm(model: ModelConfig, widths: Widths, rows: float) -> float:
+    """Beside its input."""
+    return 4 * rows + widths.residual * rows * model.hidden_size if model.norm == "rmsnorm" else 8 * rows
+
+
+def _linear_input(widths: Widths, rows: float, width: int, count: int) -> float:
+    """What ``count`` linear layers keep of the norm's output that feeds them."""
+    return count * widths.linear * rows * width if widths.copies else widths.residual * rows * width
+
+
+def _attention(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> float:
+    """From the projections' outputs to the output projection's input."""
+    query = rows * model.hidden_size / tensor
+    key = rows * model.num_key_value_heads * model.head_size / tensor
+    kept = widths.linear * (2 * query + 2 * key) + 4 * rows * model.num_heads / tensor
+    if model.qk_norm:  # the input in float32, the normalised rows, their statistics
+        kept += 8 * (query + key) + 4 * (query + key) / model.head_size
+    if model.qk_norm or (model.uses_rope and model.rotary_size < model.head_size):
+        kept += widths.linear * query  # queries are dense by heads then, as is the output, which is copied to rows
+    return kept
+
+
+def _mlp(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> float:
+    gated = model.activation == "swiglu"
+    hidden = widths.linear * rows * model.intermediate_size / tensor
+    return _linear_input(widths, rows, model.hidden_size, 2 if gated else 1) + hidden * (4 if gated else 2)
+
+
+def _shared(config: RunConfig, layout: Layout, rows: float, meta_rows: float) -> float:
+    model = config.model
+    kept = 8 * rows + 9 * meta_rows  # token ids; places of the meta rows and whether they are real
+    if layout.tensor > 1:
+        kept += 9 * rows  # ids within the shard, and whether they are
+    if model.uses_rope:
+        # Angles are the same in every sequence, unless positions depend on its tokens or documents.
+        own = config.data.reset_positions or model.zero_meta_positions
+        angles = (rows if own else rows / layout.micro_batch_size) + meta_rows
+        kept += 2 * 4 * angles * model.rotary_size
+    return kept
+
+
+def _columns(model: ModelConfig, layout: Layout) -> int:
+    """Columns of the logits on the rank that has most."""
+    return min(model.vocab_size, table_rows(model, layout.tensor))
+
+
+def _head(model: ModelConfig, widths: Widths, layout: Layout, rows: float, own_rows: float) -> float:
+    width, columns = model.hidden_size, _columns(model, layout)
+    kept = widths.residual * own_rows * width + _norm(model, widths, own_rows)
+    kept += _linear_input(widths, rows, width, 1)
+    kept += 2 * columns * width if widths.copies else 0
+    return kept + 4 * rows * columns + (8 if layout.tensor == 1 else 10) * rows
+
+
+def _head_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
+    logits, columns = rows * _columns(model, layout), _columns(model, layout)
+    # Whole: the gradients of the log-probabilities and of the logits. Sharded: the logits in the forward pass, in both
+    # dtypes; their gradient is made in place.
+    loss = logits * (8 if layout.tensor == 1 else 4 if widths.linear == 4 else 6)
+    # The gradient of the output weight, in the dtype of the product, of the parameter, and padded to the whole table;
+    # the log-probabilities are gone by then.
+    table = columns * model.hidden_size
+    weight = (widths.linear + 4 + (4 if widths.linear == 2 else 0)) * table + (widths.linear - 4) * logits
+    return max(loss, weight)

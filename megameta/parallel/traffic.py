@@ -1,0 +1,219 @@
+"""What one rank sends in an optimiser step, collective by collective (tests count the bytes of real runs beside this).
+
+The tensor-parallel part follows from where activations enter and leave sharded layers (megameta/parallel/
+tensor_parallel.py), the data-parallel part from what DeepSpeed 0.19.8 calls:
+
+- ZeRO 0 all-reduces gradients once a step; 1 too, and all-gathers parameters after the update.
+- ZeRO 2 reduces gradients after every micro-batch, by all-reduce (its default, use_multi_rank_bucket_allreduce).
+- ZeRO 3 all-gathers parameters for each micro-batch's forward and backward pass and reduce-scatters its gradients.
+  Parameters used again within stage3_max_reuse_distance stay: the last layers are gathered once, not twice. Parameters
+  up to stage3_param_persistence_threshold are gathered once a step.
+
+Letters: B batch, T rows, M meta rows, D model width, n ranks of the group.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from megameta.config import RunConfig
+from megameta.model import ModelConfig
+from megameta.parallel.activations import Widths
+from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
+
+Group = Literal["tensor", "pipeline", "data", "embedding"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+GROUPS: tuple[Group, ...] = ("tensor", "pipeline", "data", "embedding")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Equal calls of one collective by one rank."""
+
+    group: Group
+    kind: Kind
+    what: str
+    num_bytes: float
+    """Of one call: the whole tensor that is reduced, gathered to, scattered from or sent."""
+    calls: float
+    """In an optimiser step."""
+    ranks: int
+    """Of the group."""
+
+    @property
+    def payload(self) -> float:
+        """Bytes that enter the collective in a step."""
+        return self.num_bytes * self.calls
+
+    @property
+    def wire(self) -> float:
+        """Bytes that the rank sends in a step by the ring algorithms."""
+        share = (self.ranks - 1) / self.ranks
+        return self.payload * {"all_reduce": 2 * share, "send": 1.0}.get(self.kind, share)
+
+
+def transfers(config: RunConfig, layout: Layout, stage: int, blocks: tuple[int, int]) -> list[Transfer]:
+    """All that a rank of ``stage``, which runs ``blocks`` [first, end), sends in an optimiser step."""
+    weights = stage_weights(config.model, layout, blocks)
+    found: list[Transfer] = []
+    if layout.tensor > 1:
+        found += _tensor(config, layout, stage, blocks[1] - blocks[0], weights)
+    if layout.pipeline > 1:
+        found += _pipeline(config, layout, stage)
+    if layout.data > 1:
+        found += _data(config, layout, weights, blocks)
+    return [transfer for transfer in found if transfer.payload > 0]
+
+
+def by_group(found: Iterable[Transfer]) -> dict[Group, tuple[float, float]]:
+    """(payload, wire) bytes of a step by group."""
+    sums: dict[Group, tuple[float, float]] = {}
+    for transfer in found:
+        payload, wire = sums.get(transfer.group, (0.0, 0.0))
+        sums[transfer.group] = (payload + transfer.payload, wire + transfer.wire)
+    return sums
+
+
+def _tensor(config: RunConfig, layout: Layout, stage: int, num_blocks: int, weights: Weights) -> list[Transfer]:
+    widths = Widths.of(config.train.precision, layout.zero_stage)
+    rows = layout.micro_batch_size * config.data.sequence_length
+    full = rows * config.model.hidden_size
+    micro = layout.accumulation
+    first, last = stage == 0, stage == layout.pipeline - 1
+
+    def one(kind: Kind, what: str, num_bytes: float, calls: float = 1) -> Transfer:
+        return Transfer("tensor", kind, what, num_bytes, calls * micro, layout.tensor)
+
+    found = _block_tensor(config, layout, widths, num_blocks * micro)
+    if first:
+        found.append(one("all_reduce", "embedding, forward", widths.residual * full))
+        if layout.sequence_parallel:
+            found.append(one("all_gather", "embedding, backward", widths.residual * full))
+    if last:
+        if layout.sequence_parallel:
+            found.append(one("all_gather", "head, forward", widths.residual * full))
+            found.append(one("reduce_scatter", "head, backward", widths.residual * full))
+        else:
+            found.append(one("all_reduce", "head, backward", widths.residual * full))
+        found.append(one("all_reduce", "largest logit of a row", 4 * rows))
+        found.append(one("all_reduce", "sum of exponentials, label's logit", 8 * rows))
+    found += [one("all_reduce", "partial gradients", widths.weight * size) for size in weights.partial]
+    return found
+
+
+def _block_tensor(config: RunConfig, layout: Layout, widths: Widths, passes: float) -> list[Transfer]:
+    """Of ``passes`` passes forward and backward through a block."""
+    model, n = config.model, layout.tensor
+    full = layout.micro_batch_size * config.data.sequence_length * model.hidden_size
+    meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens) if model.meta_attention else 0
+    meta = meta_rows * model.hidden_size
+    # Recomputation repeats the forward pass, but stops when it has what was not kept: before the MLP's last collective.
+    again = 2 if layout.checkpointing else 1
+
+    def one(kind: Kind, what: str, num_bytes: float, calls: float) -> Transfer:
+        return Transfer("tensor", kind, what, num_bytes, calls * passes, n)
+
+    into, out = widths.residual * full, widths.linear * full
+    if not layout.sequence_parallel:
+        return [
+            one("all_reduce", "attention, forward", out, again),
+            one("all_reduce", "meta-attention, forward", widths.linear * meta, again),
+            one("all_reduce", "MLP, forward", out, 1),
+            one("all_reduce", "attention and MLP, backward", into, 2),
+            one("all_reduce", "meta-attention, backward", widths.residual * meta, 1),
+        ]
+    scattered = widths.residual if model.bias else widths.linear  # adding a float32 bias makes it float32
+    return [
+        one("all_gather", "into attention and MLP, forward", into, 2 * again),
+        one("reduce_scatter", "out of attention, forward", out, again),
+        one("reduce_scatter", "out of MLP, forward", out, 1),
+        one("all_gather", "out of attention and MLP, backward", out, 2),
+        one("reduce_scatter", "into attention and MLP, backward", into, 2),
+        one("all_reduce", "meta rows, forward", widths.residual * meta, again),
+        one("all_reduce", "meta-attention, forward", widths.linear * meta, again),
+        one("all_reduce", "meta rows, backward", scattered * meta, 1),
+        one("all_reduce", "meta-attention, backward", widths.residual * meta, 1),
+    ]
+
+
+def _pipeline(config: RunConfig, layout: Layout, stage: int) -> list[Transfer]:
+    widths = Widths.of(config.train.precision, layout.zero_stage)
+    rows = layout.micro_batch_size * config.data.sequence_length
+    own_rows = rows / layout.tensor if layout.sequence_parallel else rows
+    hidden = widths.residual * own_rows * config.model.hidden_size
+    ids = 1 + (1 + config.data.reset_positions if config.data.document_mask else 0)
+
+    def send(what: str, num_bytes: float) -> Transfer:
+        return Transfer("pipeline", "send", what, num_bytes, layout.accumulation, 2)
+
+    found = []
+    if stage < layout.pipeline - 1:
+        found += [send("hidden states", hidden), send("ids of tokens, documents, positions", 8 * rows * ids)]
+    if stage > 0:
+        found.append(send("gradient of hidden states", hidden))
+    if config.model.tie_embeddings and stage in (0, layout.pipeline - 1):
+        table = widths.weight * table_rows(config.model, layout.tensor) * config.model.hidden_size
+        found.append(Transfer("embedding", "all_reduce", "gradient of the tied table", table, 1, 2))
+    return found
+
+
+def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int, int]) -> list[Transfer]:
+    widths = Widths.of(config.train.precision, layout.zero_stage)
+    size = widths.weight * weights.count
+    micro = layout.accumulation
+
+    def one(kind: Kind, what: str, num_bytes: float, calls: float) -> Transfer:
+        return Transfer("data", kind, what, num_bytes, calls, layout.data)
+
+    if layout.zero_stage == 3:
+        held = live_parameters(config, layout, weights)
+        persistent = _persistent(config, layout, blocks)
+        again = max(0, weights.count - persistent - held)
+        modules = max(1, (blocks[1] - blocks[0]) * _linear_layers(config.model))  # each is fetched by its own call
+        split = widths.weight / modules
+        return [
+            one("all_gather", "parameters, forward", split * (weights.count - persistent), micro * modules),
+            one("all_gather", "parameters, backward", split * again, micro * modules),
+            one("all_gather", "small parameters", widths.weight * persistent, 1),
+            one("reduce_scatter", "gradients", size, micro),
+        ]
+    found = [one("all_reduce", "gradients", size, micro if layout.zero_stage == 2 else 1)]
+    if layout.zero_stage > 0:
+        found.append(one("all_gather", "parameters", size, 1))
+    return found
+
+
+def _linear_layers(model: ModelConfig) -> int:
+    return (8 if model.meta_attention else 4) + (3 if model.activation == "swiglu" else 2)
+
+
+def zero_option(config: RunConfig, name: str, default: float) -> float:
+    """An option of DeepSpeed's zero_optimization section, from the pass-through section."""
+    return float(config.deepspeed.get("zero_optimization", {}).get(name, default))
+
+
+def live_parameters(config: RunConfig, layout: Layout, weights: Weights) -> float:
+    """Parameters that ZeRO 3 keeps gathered from the forward to the backward pass: those used again within the reuse
+    distance, which is passed through once forward and once backward."""
+    return min(weights.count, zero_option(config, "stage3_max_reuse_distance", 1e9) / 2)
+
+
+def _persistent(config: RunConfig, layout: Layout, blocks: tuple[int, int]) -> int:
+    """Parameters in tensors so small that ZeRO 3 keeps them whole; it runs without pipeline stages."""
+    threshold = zero_option(config, "stage3_param_persistence_threshold", 1e5)
+    model, n = config.model, layout.tensor
+    width, inner = model.hidden_size, model.intermediate_size
+    key_value = model.num_key_value_heads * model.head_size
+    branches = 2 if model.meta_attention else 1
+    per_block = [
+        (2 * branches, width * width // n),
+        (2 * branches, width * key_value // n),
+        (3 if model.activation == "swiglu" else 2, width * inner // n),
+    ]
+    vectors = block_weights(model, n).other  # judged by a norm's size
+    small = sum(count * size for count, size in per_block if size <= threshold)
+    small += vectors if width <= threshold else 0
+    edges = [(1 if model.tie_embeddings else 2, table_rows(model, n) * width)]
+    edges.append((1 if model.position == "ape" else 0, model.max_position_embeddings * width))
+    edges.append((2 if model.bias and model.norm == "layernorm" else 1, width))
+    return (blocks[1] - blocks[0]) * small + sum(count * size for count, size in edges if size <= threshold)

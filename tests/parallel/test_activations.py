@@ -1,0 +1,108 @@
+"""Activation memory as derived, against what autograd saved and against the peak of all tensors alive."""
+
+import pytest
+import torch
+from live_tensors import LiveTensors, SavedTensors
+
+from megameta.config import RunConfig, build_config
+from megameta.model import GPT, cross_entropy_sum
+from megameta.parallel.activations import activations
+from megameta.parallel.layout import Layout
+
+BASE = {"vocab_size": 700, "hidden_size": 128, "num_layers": 3, "num_heads": 4}
+CASES = {
+    "paper": {},
+    "swiglu, grouped heads": {"activation": "swiglu", "num_key_value_heads": 2, "intermediate_size": 320},
+    "rmsnorm, query–key norm": {"norm": "rmsnorm", "qk_norm": True},
+    "bias, learned positions, untied": {"bias": True, "position": "ape", "tie_embeddings": False},
+    "parallel residual, part rotated": {"parallel_residual": True, "rotary_fraction": 0.5},
+    "no branch, no positions": {"meta_attention": False, "position": "none"},
+    "large vocabulary": {"vocab_size": 5000},
+    "zeroed positions": {"zero_meta_positions": True},
+}
+
+
+def make_config(precision: str, *, micro: int = 2, length: int = 96, documents: bool = False, **model) -> RunConfig:
+    return build_config(
+        {
+            "model": {**BASE, "max_position_embeddings": length, **model},
+            "data": {"sequence_length": length, "meta_token_fraction": 0.1, "document_mask": documents},
+            "train": {"micro_batch_size": micro, "global_batch_size": micro, "precision": precision},
+        }
+    )
+
+
+def measure(config: RunConfig, *, recompute: bool) -> tuple[int, int]:
+    """(bytes saved for backward, peak of bytes alive beside parameters, their gradients and the batch)."""
+    torch.manual_seed(0)
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    model = GPT(config.model).train()
+    model.activation_checkpointing = recompute
+    meta = config.data.num_meta_tokens
+    token_BT = torch.randint(0, config.model.vocab_size - 1, (batch, length))
+    for row_T in token_BT:
+        row_T[torch.randperm(length)[:meta]] = config.model.meta_token_id
+    label_BT = torch.randint(0, config.model.vocab_size - 1, (batch, length))
+    document_BT = None
+    if config.data.document_mask:
+        document_BT = (torch.arange(length) // 30).expand(batch, length).contiguous()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            logits = model(token_BT, document_BT=document_BT, num_meta_columns=meta)
+            return cross_entropy_sum(logits, label_BT)
+
+    with SavedTensors(model.parameters()) as saved:
+        loss()
+    gradients = [p.grad for p in model.parameters()]
+    with LiveTensors() as live:
+        live.known([*model.parameters(), *gradients, token_BT, label_BT])
+        loss().backward()
+    return saved.num_bytes, live.peak
+
+
+def estimates(config: RunConfig, *, recompute: bool) -> tuple[float, float]:
+    found = activations(config, Layout(1, 1, 1, 1, False, config.train.micro_batch_size, 1, recompute))
+    layers = config.model.num_layers
+    kept = found.kept(layers, last=True, recompute=recompute)
+    most = max(found.at_loss(layers, last=True, recompute=recompute), found.in_block(last=True, recompute=recompute))
+    return kept, kept + most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_process(case: str, precision: str) -> None:
+    config = make_config(precision, **CASES[case])
+    saved, peak = measure(config, recompute=False)
+    kept, most = estimates(config, recompute=False)
+    print(
+        f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}"
+    )
+    assert kept == pytest.approx(saved, rel=0.005)
+    assert most == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["paper", "swiglu, grouped heads", "large vocabulary", "rmsnorm, query–key norm"])
+def test_recomputed(case: str, precision: str) -> None:
+    config = make_config(precision, **{**CASES[case], "num_layers": 6})
+    saved, peak = measure(config, recompute=True)
+    kept, most = estimates(config, recompute=True)
+    print(
+        f"{case}, {precision}: saved {saved}, derived {kept:.0f} ({kept / saved:.4f}); peak {peak}, {most / peak:.4f}"
+    )
+    assert kept == pytest.approx(saved, rel=0.03)  # the context's angles live, but no block has saved them
+    assert most == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("micro", "length", "documents"), [(1, 256, False), (4, 64, False), (2, 128, True)])
+def test_shapes(precision: str, micro: int, length: int, documents: bool) -> None:
+    config = make_config(precision, micro=micro, length=length, documents=documents)
+    saved, peak = measure(config, recompute=False)
+    kept, most = estimates(config, recompute=False)
+    print(f"{precision} {micro}×{length}: {kept / saved:.4f}; peak {most / peak:.4f}")
+    assert kept == pytest.approx(saved, rel=0.005)
+    assert most == pytest.approx(peak, rel=0.01)

@@ -1,0 +1,208 @@
+"""Parameters, memory and traffic as estimated, against modules that are built and steps that are run on gloo."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from ranks import run_ranks
+from step_cases import observe, step_config
+
+from megameta.config import RunConfig, load_config
+from megameta.errors import UserError
+from megameta.model import GPT, ModelConfig
+from megameta.parallel.activations import activations
+from megameta.parallel.estimate import StageEstimate, estimate, worst
+from megameta.parallel.layout import Layout, stage_blocks, stage_weights
+from megameta.parallel.pipeline import Stage
+from megameta.parallel.tensor_parallel import PARTIAL_BY_HEADS, PARTIAL_BY_ROWS, kind_of, shard_dim
+from megameta.parallel.traffic import Transfer
+
+MODELS = {
+    "paper": {},
+    "bias, swiglu, grouped heads": {
+        "bias": True,
+        "activation": "swiglu",
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+    },
+    "rmsnorm, qk_norm, untied": {"norm": "rmsnorm", "qk_norm": True, "tie_embeddings": False, "bias": True},
+    "ape, parallel, no branch": {"position": "ape", "parallel_residual": True, "meta_attention": False},
+}
+TINY = {"vocab_size": 700, "hidden_size": 64, "num_layers": 5, "num_heads": 4, "max_position_embeddings": 48}
+
+
+def counted(model: ModelConfig, layout: Layout, blocks: tuple[int, int]) -> tuple[int, int, list[int]]:
+    """(all, weights of linear layers, sizes of partial ones) of a stage that is built and sharded by the table."""
+    with torch.device("meta"):
+        part = GPT(model, 128 * layout.tensor) if layout.pipeline == 1 else Stage(model, blocks, 128 * layout.tensor)
+    total, linear, partial = 0, 0, []
+    for name, parameter in part.named_parameters():
+        size = parameter.numel() // (layout.tensor if shard_dim(name) is not None else 1)
+        total += size
+        is_linear = kind_of(name.rpartition(".")[0]) is not None and "embedding" not in name
+        linear += size if is_linear and name.endswith("weight") else 0
+        by_rows = layout.sequence_parallel and PARTIAL_BY_ROWS.fullmatch(name)
+        if layout.tensor > 1 and (by_rows or PARTIAL_BY_HEADS.fullmatch(name)):
+            partial.append(size)
+    return total, linear, sorted(partial)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, False), (2, 1, False), (2, 1, True), (1, 3, False), (2, 2, True), (4, 5, True)]
+)
+@pytest.mark.parametrize("case", MODELS)
+def test_parameters_of_every_stage(case: str, sizes: tuple[int, int, bool]) -> None:
+    tensor, pipeline, sequence_parallel = sizes
+    values = {**TINY, **MODELS[case]}
+    if tensor == 4:
+        values.pop("num_key_value_heads", None)
+    config = step_config(model=values, data__sequence_length=48)
+    layout = Layout(tensor, pipeline, 1, 1, sequence_parallel, 1, 8, False)
+    for blocks in stage_blocks(config, pipeline):
+        weights = stage_weights(config.model, layout, blocks)
+        total, linear, partial = counted(config.model, layout, blocks)
+        assert (weights.count, weights.linear, sorted(weights.partial)) == (total, linear, partial)
+
+
+@pytest.mark.parametrize(
+    ("file", "millions"), [("paper/meta-rope", 151.9), ("scale/1.3b", 1713.8), ("scale/7b", 8796.4)]
+)
+def test_parameters_of_the_large_ones(file: str, millions: float, pytestconfig: pytest.Config) -> None:
+    config = load_config(pytestconfig.rootpath / "configs" / f"{file}.yaml")
+    with torch.device("meta"):
+        built = sum(p.numel() for p in GPT(config.model).parameters())
+    layout = Layout(1, 1, 1, 0, False, 1, 1, False)
+    assert stage_weights(config.model, layout, (0, config.model.num_layers)).count == built
+    assert built / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_wire_bytes_of_a_ring() -> None:
+    assert Transfer("data", "all_reduce", "", 100.0, 3, 4).wire == pytest.approx(2 * 3 / 4 * 300)
+    assert Transfer("data", "all_gather", "", 100.0, 3, 4).wire == pytest.approx(3 / 4 * 300)
+    assert Transfer("data", "reduce_scatter", "", 100.0, 1, 4).wire == pytest.approx(75)
+    assert Transfer("pipeline", "send", "", 100.0, 2, 2).wire == 200
+
+
+def test_memory_by_zero_stage() -> None:
+    """Of a model of P parameters on 4 ranks, by DeepSpeed's rules."""
+    config = step_config(train__global_batch_size=16)
+    count = 0
+    found = {}
+    for zero in range(4):
+        stage = estimate(config, Layout(1, 1, 4, zero, False, 2, 2, False))[0]
+        count, found[zero] = stage.weights.count, stage.memory
+    assert [m.gradients / count for m in found.values()] == [4, 4, 1, 1]
+    assert [m.optimizer / count for m in found.values()] == [8, 3, 3, 3]
+    assert [m.model / count for m in found.values()][:3] == [4, 4, 4]
+    assert found[3].model == pytest.approx(count + 4 * count)  # its part, and all of it gathered: the model is small
+
+
+def test_micro_batches_in_flight() -> None:
+    layout = Layout(1, 4, 1, 1, False, 1, 3, False)
+    assert [layout.in_flight(stage) for stage in range(4)] == [3, 3, 2, 1]
+    assert layout.bubble == pytest.approx(3 / 6)
+    config = step_config(model__num_layers=8)
+    stages = estimate(config, Layout(1, 4, 1, 1, False, 2, 8, False))
+    inner = [stage.memory.activations for stage in stages[1:3]]
+    assert inner[0] / inner[1] == pytest.approx(3 / 2, rel=0.1)
+    assert worst(stages).memory.total == max(stage.memory.total for stage in stages)
+
+
+def test_layout_of_a_configuration() -> None:
+    config = step_config(parallel__tensor_parallel_size=2, train__global_batch_size=24)
+    assert Layout.of(config, 8) == Layout(2, 1, 4, 1, False, 2, 3, False)
+    with pytest.raises(UserError, match="replicas of 2"):
+        Layout.of(config, 5)
+    with pytest.raises(UserError, match="not a multiple"):
+        Layout.of(config, 10)
+
+
+# --- against steps on gloo --------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "vocab_size": 700,
+    "hidden_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "activation": "swiglu",
+    "bias": True,
+    "qk_norm": True,
+}
+TENSOR = {"parallel__tensor_parallel_size": 2}
+SEQUENCE = {**TENSOR, "parallel__sequence_parallel": True}
+STAGES = {"parallel__pipeline_parallel_size": 2}
+DOCUMENTS = {"data__document_mask": True, "data__reset_positions": True}
+BUCKET = {"reduce_bucket_size": 200_000}
+NOTHING_KEPT = {
+    **BUCKET,
+    "stage3_param_persistence_threshold": 100,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "tp2": (2, {**TENSOR, "train__precision": "bf16"}),
+    "tp2, sequence": (2, SEQUENCE),
+    "tp2, sequence, options, bf16": (2, {**SEQUENCE, "model": OPTIONS, "train__precision": "bf16"}),
+    "pp2": (2, STAGES),
+    "pp2, documents, bf16": (2, {**STAGES, **DOCUMENTS, "train__precision": "bf16"}),
+    "dp2, ZeRO 0": (2, {"parallel__zero_stage": 0}),
+    "dp2, ZeRO 1": (2, {"parallel__zero_stage": 1}),
+    "dp2, ZeRO 2": (2, {"parallel__zero_stage": 2}),
+    "dp2, ZeRO 3": (2, {"parallel__zero_stage": 3, "deepspeed": {"zero_optimization": NOTHING_KEPT}}),
+    "dp2, ZeRO 3, all kept, bf16": (
+        2,
+        {
+            "parallel__zero_stage": 3,
+            "train__precision": "bf16",
+            "deepspeed": {"zero_optimization": {**BUCKET, "stage3_param_persistence_threshold": 100}},
+        },
+    ),
+    "tp2, dp2, ZeRO 2": (4, {**TENSOR, "parallel__zero_stage": 2}),
+    "tp2, pp2, sequence, recomputed": (4, {**SEQUENCE, **STAGES, "train__activation_checkpointing": True}),
+}
+QUICK = ("tp2, sequence, options, bf16", "pp2, documents, bf16", "dp2, ZeRO 1", "dp2, ZeRO 3")
+
+
+def _config(changes: dict) -> RunConfig:
+    changes = {"deepspeed": {"zero_optimization": BUCKET}, **changes}
+    return step_config(train__micro_batch_size=4, train__global_batch_size=16, **changes)
+
+
+def _payloads(stage: StageEstimate) -> dict[tuple[str, str], float]:
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    for transfer in stage.transfers:
+        sums[transfer.group, transfer.kind] += transfer.payload
+    return dict(sums)
+
+
+def _allocated_in_a_step(config: RunConfig, layout: Layout, stage: StageEstimate) -> float:
+    """The part of the estimate that a step allocates; the rest is there before."""
+    memory = stage.memory
+    if layout.zero_stage < 3:
+        return memory.gradients + memory.activations + memory.workspace
+    gathered = memory.model - 4 * stage.weights.count / layout.data
+    bucket = 4 * config.deepspeed["zero_optimization"]["reduce_bucket_size"] if config.deepspeed else 0
+    return gathered + memory.activations + memory.workspace - bucket
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in LAYOUTS])
+def test_steps_on_gloo(case: str) -> None:
+    """Bytes by group and collective to the byte; activations and the peak of a step within 15 %."""
+    world_size, changes = LAYOUTS[case]
+    config = _config(changes)
+    layout = Layout.of(config, world_size)
+    stages = estimate(config, layout)
+    per_micro_batch = activations(config, layout)
+    for rank, step in enumerate(run_ranks(observe, world_size, config, timeout=400)):
+        stage = stages[rank // (layout.data * layout.tensor)]
+        assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"
+        last = stage.stage == layout.pipeline - 1
+        kept = per_micro_batch.kept(stage.blocks[1] - stage.blocks[0], last=last, recompute=layout.checkpointing)
+        peak = _allocated_in_a_step(config, layout, stage)
+        print(f"{case}, rank {rank}: kept {kept:.0f} / {step.saved:.0f}, peak {peak:.0f} / {step.peak}")
+        if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go
+            assert kept == pytest.approx(step.saved, rel=0.05)
+        assert peak == pytest.approx(step.peak, rel=0.15)
