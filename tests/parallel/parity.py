@@ -234,7 +234,12 @@ def _catch_gradients(engine: Any) -> dict[str, torch.Tensor]:
 
 def run_cases(topology: Topology, cases: list[Case], corpus: str, steps: int = STEPS) -> list[dict[str, Any]]:
     """Several cases of one world size in the same processes. ZeRO 3 patches torch for good, so it comes last."""
-    return [run_case(topology, case, corpus, steps) for case in cases]
+    reports = []
+    for number, case in enumerate(cases, 1):
+        reports.append(run_case(topology, case, corpus, steps))
+        if topology.is_main:
+            print(f"  ran {number} of {len(cases)} ({reports[-1]['seconds']:.0f} s): {case}", flush=True)
+    return reports
 
 
 # --- comparison -----------------------------------------------------------------------------------------------------
