@@ -135,6 +135,8 @@ def make_config(case: Case, corpus: str) -> RunConfig:
             values[section][name] = value
     if case.tensor == 1:
         values["parallel"]["sequence_parallel"] = False
+    if case.tensor >= 4:
+        values["train"]["micro_batch_size"] = 4  # their collectives take long, where cores are few
     per_pass = values["train"]["micro_batch_size"] * case.data
     if 8 % per_pass:
         values["train"]["micro_batch_size"] = 8 // case.data
