@@ -28,6 +28,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/python tools/quickstart.py $(ARGS)
 
 test-grid: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m grid
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/parity_grid.py --output docs/parity.md $(ARGS)
 
 test: $(VENV)/.installed

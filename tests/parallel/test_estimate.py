@@ -188,7 +188,9 @@ def _allocated_in_a_step(config: RunConfig, layout: Layout, stage: StageEstimate
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in LAYOUTS])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else (pytest.mark.slow, pytest.mark.grid)) for c in LAYOUTS]
+)
 def test_steps_on_gloo(case: str) -> None:
     """Bytes by group and collective to the byte; activations and the peak of a step within 15 %."""
     world_size, changes = LAYOUTS[case]

@@ -5,7 +5,7 @@ from moves import go_on_many, worst_loss
 from parity import Case, make_corpus, reference
 from ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FIRST, SECOND, THIRD = 3, 5, 6
 START = Case(2, 2, 1, 1)

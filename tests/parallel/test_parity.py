@@ -5,7 +5,7 @@ from mutations import MUTATIONS
 from parity import ALL_ON, Case, compare, compare_bf16, layouts, make_corpus, reference, run_case
 from ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 4
 BF16 = tuple({**ALL_ON, "precision": "bf16"}.items())
