@@ -225,8 +225,8 @@ def test_config_commands(file):
 def test_the_files_in_configs(path, tmp_path):
     config = load_run_config(path, need_files=False)
     assert round_trip(config, tmp_path / "again.yaml") == config
-    paper = path.parent.name == "paper"
-    for size, device in [(4, "cuda"), (8, "cuda")] if paper else [(1, "cpu"), (2, "cpu")]:
+    paper, scale = path.parent.name == "paper", path.parent.name == "scale"
+    for size, device in [(4, "cuda"), (8, "cuda")] if paper or scale else [(1, "cpu"), (2, "cpu")]:
         assert problems(config, world_size=size, device=device) == []
     with torch.device("meta"):
         model = GPT(config.model)
@@ -240,6 +240,9 @@ def test_the_files_in_configs(path, tmp_path):
         assert config.train.global_batch_size * 1024 == 12 * 40 * 1024
         o = config.optimizer
         assert (o.lr, o.min_lr, o.warmup_steps, o.betas, o.weight_decay) == (6e-4, 6e-5, 2000, (0.9, 0.95), 0.1)
+    elif scale:
+        branch = sum(p.numel() for name, p in model.named_parameters() if "meta" in name)
+        assert parameters - branch == pytest.approx({"1.3b.yaml": 1.31e9, "7b.yaml": 6.65e9}[path.name], rel=5e-3)
     else:
         assert parameters < 60e6, "meant for a CPU"
 
