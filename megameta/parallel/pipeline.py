@@ -108,10 +108,10 @@ class Stage(nn.Module):
 
 
 def pack_rows(token_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None) -> tuple[Tensor, ...]:
-    """What travels with the hidden states: int64 (B, T), one to three of them. Positions come with documents only."""
-    if document_BT is None:
-        return (token_BT,)
-    return (token_BT, document_BT) if position_BT is None else (token_BT, document_BT, position_BT)
+    """What travels with the hidden states: int64 (B, T), one to three of them. Positions alone bring one document."""
+    if position_BT is None:
+        return (token_BT,) if document_BT is None else (token_BT, document_BT)
+    return token_BT, torch.zeros_like(token_BT) if document_BT is None else document_BT, position_BT
 
 
 def unpack_rows(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:

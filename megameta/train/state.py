@@ -102,6 +102,7 @@ class EngineState:
     def full(self, name: str, local: Tensor) -> Tensor:
         """A logical tensor from the tensor-parallel ranks' shards: collective among those. Padding is left out."""
         dim, shape = shard_dim(name), self.shapes[name]
+        local = local.to(self.topology.device)  # from the CPU, where DeepSpeed offloads
         if self.tp is not None and dim is not None:
             parts = local.new_empty(self.tp.size * local.shape[0], *local.shape[1:])
             dist.all_gather_into_tensor(parts, local.contiguous(), group=self.tp.group)

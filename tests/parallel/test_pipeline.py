@@ -63,6 +63,8 @@ def test_rows_travel_unchanged():
         assert unpack_rows(pack_rows(*rows)) == rows
     token, document, _ = make_rows(make_config())
     assert unpack_rows(pack_rows(token, document, None)) == (token, document, None)
+    positions = pack_rows(token, None, token)
+    assert positions[2] is token and not positions[1].any(), "positions are not lost where there are no documents"
 
 
 @pytest.mark.parametrize("balance", ["parameters", "time"])
