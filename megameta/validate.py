@@ -54,9 +54,16 @@ def _batch(config: RunConfig, world_size: int) -> list[str]:
     if train.global_batch_size % per_pass:
         return [
             f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size"
-            f" {train.micro_batch_size} × {data_parallel} data-parallel ranks = {per_pass}"
+            f" {train.micro_batch_size} × {data_parallel} data-parallel ranks = {per_pass}:"
+            f" {_batch_remedy(train.global_batch_size, train.micro_batch_size, data_parallel)}"
         ]
     return []
+
+
+def _batch_remedy(batch: int, micro: int, ranks: int) -> str:
+    enough = f"train.global_batch_size={-(-batch // (micro * ranks)) * micro * ranks} would do"
+    smaller = [size for size in range(micro, 0, -1) if batch % (size * ranks) == 0]
+    return f"{enough}, or train.micro_batch_size={smaller[0]}" if smaller else enough
 
 
 def _steps(config: RunConfig) -> list[str]:
@@ -141,6 +148,14 @@ def _pipeline(config: RunConfig) -> list[str]:
 
 
 def _precision(config: RunConfig, device: str) -> list[str]:
-    if config.train.precision == "fp16" and device != "cuda":
-        return ["train.precision fp16 needs a CUDA device; on this machine use fp32 or bf16"]
-    return []
+    if config.train.precision != "fp16":
+        return []
+    found = []
+    if device != "cuda":
+        found.append("train.precision fp16 needs a CUDA device; on this machine use fp32 or bf16")
+    if config.parallel.tensor_parallel_size > 1 and config.parallel.zero_stage == 0:
+        found.append(
+            "train.precision fp16 with tensor parallelism and parallel.zero_stage 0: an overflow on one shard would"
+            " change the loss scale on that rank alone; set parallel.zero_stage=1, or train.precision=bf16"
+        )
+    return found

@@ -32,6 +32,14 @@ def test_the_good_one_is_good():
         (["optimizer.min_lr=1"], 1, "cpu", ["optimizer.min_lr 1.0", "optimizer.lr 0.0006"]),
         (["optimizer.schedule=wsd", "optimizer.decay_steps=91"], 1, "cpu", ["warmup_steps 10", "decay_steps 91"]),
         (["optimizer.schedule=wsd", "optimizer.warmup_steps=95"], 1, "cpu", ["warmup_steps 95", "decay_steps 10"]),
+        (
+            ["train.precision=fp16", "parallel.tensor_parallel_size=2", "parallel.zero_stage=0"],
+            2,
+            "cuda",
+            ["fp16", "zero_stage 0", "zero_stage=1"],
+        ),
+        ([], 16, "cpu", ["= 128", "global_batch_size=128 would do"]),
+        (["train.micro_batch_size=4"], 4, "cpu", ["= 16", "global_batch_size=16", "micro_batch_size=2"]),
         (["train.precision=fp16"], 1, "cpu", ["fp16 needs a CUDA device", "bf16"]),
         (["parallel.sequence_parallel=true"], 1, "cpu", ["sequence_parallel", "tensor_parallel_size"]),
         (

@@ -33,6 +33,7 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "zero_optimization": {"stage": config.parallel.zero_stage},
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
     }
     if config.parallel.pipeline_parallel_size > 1:
         # Stages send whole tensors: under sequence parallelism they are shards already, each rank's another.

@@ -43,7 +43,7 @@ class NonFiniteLoss(UserError):
 
 
 class NonFiniteGradient(UserError):
-    """The loss is finite and its gradient is not; the weights are lost, and no checkpoint may be made of them."""
+    """The loss is finite and its gradient is not; the weights may be lost, and no checkpoint may be made of them."""
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -79,16 +79,16 @@ class Engine:
         deepspeed = import_deepspeed(topology.device_type)
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)
         model = build_part(config, topology, self.groups.tensor, weights)
-        module = self._wrap(model)
-        self.optimizer = make_optimizer(module, config.optimizer)
         halves = config.train.precision == "fp16" and config.parallel.zero_stage > 0
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if halves else {}
+        module = self._wrap(model)
+        self.optimizer = make_optimizer(module, config.optimizer)
+        settings, mpu = deepspeed_config(config, self.accumulation_steps), self._mpu()
+        if config.parallel.zero_stage == 3:
+            # Partitions one parameter after another, so that no device ever holds the whole model.
+            deepspeed.zero.Init(module=module, mpu=mpu, config_dict_or_path=settings)
         self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, self.accumulation_steps),
-            mpu=self._mpu(),
-            dist_init_required=False,
+            model=module, optimizer=self.optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
         self.model = model
         self.state = EngineState(self.engine, self.optimizer, model, config.model, topology, self.groups.tensor)
@@ -98,7 +98,8 @@ class Engine:
 
     def _wrap(self, model: Any) -> Any:
         """The module for DeepSpeed around the model."""
-        return LossModule(model, self.groups.tensor).to(self.topology.device)
+        module = LossModule(model, self.groups.tensor)
+        return module if self.config.parallel.zero_stage == 3 else module.to(self.topology.device)
 
     def _mpu(self) -> Any:
         # Given without tensor parallelism too: DeepSpeed keeps the last one that it saw for the rest of the process.

@@ -278,7 +278,7 @@ class Trainer:
             try:
                 point_latest(path)
                 prune(self.checkpoints, self.config.checkpoint.keep)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 failure = [f"{path} is saved, but {error}; free space or mend the disk, then start the run again"]
         dist.broadcast_object_list(failure)
         if failure[0]:

@@ -11,14 +11,20 @@ from megameta.errors import UserError
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.train.state import EngineState
 
+#: Bytes that are summed at a time; a multiple of 4.
+CHUNK = 2**24
+
 
 def checksum(tensor: Tensor) -> int:
     """A sum over the bits of a tensor, weighted by place, in wrapping 64-bit integers: any one changed bit changes it.
     Computed where the tensor is."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32).long()
-    weights = torch.arange(words.numel(), device=words.device) * 2654435761 * 2 + 1
-    return int((words * weights).sum())
+    total = 0
+    for number, part in enumerate(flat.split(CHUNK)):  # a large table's copies in 64 bits would not fit beside it
+        words = torch.nn.functional.pad(part, (0, -part.numel() % 4)).view(torch.int32).long()
+        weights = (torch.arange(words.numel(), device=words.device) + number * (CHUNK // 4)) * 2654435761 * 2 + 1
+        total += int((words * weights).sum())
+    return total % 2**64
 
 
 def differing_replicas(state: EngineState) -> list[str]:
@@ -32,8 +38,8 @@ def differing_replicas(state: EngineState) -> list[str]:
     parameter: Any
     for name, parameter in state.parameters.items():
         shard = topology.tensor_parallel_rank if shard_dim(name) is not None else -1
-        part = topology.data_parallel_rank if state.stage == 3 else -1
-        mine[name, shard, part] = checksum(parameter.ds_tensor if state.stage == 3 else parameter)
+        part = topology.data_parallel_rank if state.zero_stage == 3 else -1
+        mine[name, shard, part] = checksum(parameter.ds_tensor if state.zero_stage == 3 else parameter)
     everyone: list[dict[tuple[str, int, int], int]] = [{}] * topology.world_size
     dist.all_gather_object(everyone, mine)
     holders: dict[tuple[str, int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))

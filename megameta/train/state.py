@@ -46,7 +46,7 @@ class EngineState:
         self.tp = tp
         self.parameters = dict(model.named_parameters())
         self.shapes = logical_shapes(config)
-        self.stage = engine.zero_optimization_stage()
+        self.zero_stage = engine.zero_optimization_stage()
 
     @property
     def owned_names(self) -> list[str]:
@@ -86,7 +86,7 @@ class EngineState:
     def local(self, name: str, key: str | None = None) -> Tensor:
         """This rank's shard of a weight, or of a moment, whole over data-parallel ranks: collective among those."""
         parameter = self.parameters[name]
-        if self.stage == 0:
+        if self.zero_stage == 0:
             return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -126,8 +126,6 @@ class EngineState:
 
         The weights must have been in the model when the engine was made.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         state = self.inner_optimizer.state
         for tensor in self.partitions():
             state[tensor]["step"].fill_(step)
@@ -137,31 +135,48 @@ class EngineState:
         for name, parameter in self.parameters.items():
             for key in MOMENTS:
                 value = self.shard(moments, name, key)
-                if self.stage == 0:
+                if self.zero_stage == 0:
                     state[parameter][key].copy_(value)
                 else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    self._set(parameter, value, key)
 
     def restore_masters(self, exact: dict[str, Tensor]) -> None:
         """DeepSpeed's fp16 section makes its float32 master weights from halves; put the exact ones in their place."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, tensor in exact.items():
-            safe_set_full_fp32_param(self.parameters[name], tensor)
+            self._set(self.parameters[name], tensor.to(self.topology.device), None)
+
+    def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """Put a master weight (no key) or a moment in place under ZeRO 1 to 3, from this rank's whole shard."""
+        from deepspeed import utils
+
+        if self.zero_stage == 3:
+            # Its safe_set_full_… does not pad, and fails where the data-parallel size does not divide the parameter.
+            size = parameter.ds_tensor.numel()
+            first = self.topology.data_parallel_rank * size
+            part = value.flatten()[first : first + size]
+            part = torch.nn.functional.pad(part, (0, size - part.numel()))
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
 
     # --- the optimiser ----------------------------------------------------------------------------------------------
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
         """The client's optimiser."""
-        return self.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+        return self.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
 
     def partitions(self) -> list[Tensor]:
         """The tensors that the inner optimiser updates: parameters, or this rank's flat partitions of them."""
         zero = self.engine.optimizer
-        if self.stage == 3:
+        if self.zero_stage == 3:
             return list(zero.fp32_partitioned_groups_flat)
-        if self.stage > 0:
+        if self.zero_stage > 0:
             return list(zero.single_partition_of_fp32_groups)
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -175,7 +190,7 @@ class EngineState:
         for tensor in self.partitions():
             state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
             state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-        if self.stage in (1, 2):
+        if self.zero_stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property

@@ -15,6 +15,7 @@ def test_derived():
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2},
+        "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     assert "torch_autocast" not in deepspeed_config(tiny_config("x"), 4)

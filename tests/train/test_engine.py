@@ -293,3 +293,27 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(ranks, stage):
     for rank in ranks:
         assert rank["bad gradient", stage] is not None
         assert "the norm of its gradient is" in rank["bad gradient", stage]
+
+
+def _uneven(topology, corpus):
+    """Moments put in place and taken out again, on three ranks, which divide hardly any parameter."""
+    config = tiny_config(corpus, parallel__zero_stage=3, train__global_batch_size=6)
+    engine = make_engine(config, topology)
+    draw = torch.Generator().manual_seed(5)
+    moments = {
+        f"{key}.{name}": torch.rand(shape, generator=draw)
+        for name, shape in engine.state.shapes.items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    engine.state.load_moments(moments, 4)
+    again = full_state(engine)[1]
+    weights = full_state(engine)[0]
+    drawn = build_model(config).state_dict()
+    engine.destroy()
+    same = all(torch.equal(again[name], tensor) for name, tensor in moments.items())
+    return same, all(torch.equal(tensor, drawn[name][: len(tensor)]) for name, tensor in weights.items())
+
+
+def test_zero_3_on_ranks_that_do_not_divide_the_parameters(tmp_path):
+    """DeepSpeed's own safe_set_full_optimizer_state fails on the last of them."""
+    assert run_ranks(_uneven, 3, write_corpus(tmp_path / "corpus")) == [(True, True)] * 3
