@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for folder in (".", "train", "parallel"):
+for folder in (".", "train", "parallel", "checkpoint"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
