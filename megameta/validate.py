@@ -8,7 +8,7 @@ from megameta.errors import UserError
 
 def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     """What is wrong with a configuration for a world of this size on "cpu" or "cuda": keys and a remedy, each."""
-    return [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *_layout(config, device)]
+    return [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *layout_problems(config, device)]
 
 
 def validate(config: RunConfig, *, world_size: int, device: str) -> None:
@@ -85,7 +85,8 @@ def _steps(config: RunConfig) -> list[str]:
     return found
 
 
-def _layout(config: RunConfig, device: str) -> list[str]:
+def layout_problems(config: RunConfig, device: str) -> list[str]:
+    """What is wrong with ``parallel`` and its precision, whatever the number of processes."""
     return [*_tensor_parallel(config), *_pipeline(config), *_precision(config, device)]
 
 

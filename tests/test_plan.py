@@ -157,11 +157,25 @@ def test_printed_table_and_json(capsys: pytest.CaptureFixture, tmp_path: Path) -
     assert len(record["layouts"]) == 3
     first = record["layouts"][0]
     assert first["memory"]["total"] == pytest.approx(sum(v for k, v in first["memory"].items() if k != "total"))
-    assert f"megameta train {PAPER} {' '.join(first['overrides'])}" in out
+    assert f"train {PAPER} {' '.join(first['overrides'])}" in out
     rows = [line for line in out.splitlines() if re.match(r"\s*[123] ", line)]
     assert len(rows) == 3
     assert f"{1e3 * first['seconds']['total']:,.1f}" in rows[0]
     assert "200,000 steps" in out
+
+
+def test_the_command_is_of_the_run_that_was_asked_about(capsys: pytest.CaptureFixture) -> None:
+    """What was given stays in it, it starts as many processes, and validate lets it start."""
+    given = ["train.precision=fp16", "data.sequence_length=512"]
+    for gpus, start in ((8, "megameta train"), (32, "torchrun --nnodes 4 --nproc-per-node 8")):
+        make_plan(PAPER, given, gpus=gpus, gpu_memory="80GB", hardware={}, limit=99, json_path=None)
+        out = capsys.readouterr().out
+        command = out.strip().splitlines()[-1]
+        assert command.strip().startswith(start) and " ".join(given) in command
+        assert ("--nproc-per-node 8" in command) and ("--nproc-per-node 32" not in command)
+        layouts = [line.split()[1:5] for line in out.splitlines() if re.match(r"\s*\d+ +\d+ ", line)]
+        assert layouts and all(pipeline == "1" for _, pipeline, *_ in layouts), "fp16 does not run in pipelines"
+        assert not [row for row in layouts if int(row[0]) > 1 and row[3] == "0"]
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture) -> None:

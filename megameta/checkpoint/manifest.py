@@ -66,13 +66,16 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
         kind, version = content["format"], content["version"]
         if kind != FORMAT or version not in (1, VERSION):
             raise UserError(
                 f"{path}: format {kind!r} version {version!r}; this program reads {FORMAT} versions 1 and {VERSION}:"
                 f" install the version of megameta that wrote it, or {REMEDY}"
             )
+        if version == VERSION and not text.endswith("}"):
+            raise UserError(f"{path}: there are bytes after its end; {REMEDY}")
         if (version == VERSION or "sha256" in content) and content.pop("sha256") != _digest(content):
             raise UserError(f"{path}: its content is not what was written (SHA-256 differs); {REMEDY}")
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}

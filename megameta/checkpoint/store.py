@@ -135,7 +135,8 @@ def _read_latest(directory: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{pointer}: not readable ({error}); {_what_to_point_to(directory)}") from error
     if not there:
-        raise UserError(f"{pointer}: names {name[:80]!r}, which is no checkpoint; {_what_to_point_to(directory, name)}")
+        remedy = _what_to_point_to(directory, name)
+        raise UserError(f"{pointer}: names {name[:80]!r}, which is no checkpoint (no {MANIFEST}); {remedy}")
     return name
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def make_plan(
         print(why_nothing_fits(config, found, gpus, memory, machine))
         return EXIT_FAILURE
     print(_table(config, found.best[:limit], machine))
-    print(_advice(config, path, found, machine, memory, limit))
+    print(_advice(config, [path, *overrides], found, machine, memory, limit))
     return EXIT_OK
 
 
@@ -136,7 +137,7 @@ def _days(config: RunConfig, found: Evaluation) -> float:
     return config.train.num_steps * found.time.total / 86400
 
 
-def _advice(config: RunConfig, path: str, found: Plan, machine: Hardware, memory: float, limit: int) -> str:
+def _advice(config: RunConfig, given: list[str], found: Plan, machine: Hardware, memory: float, limit: int) -> str:
     best = found.best[0]
     more = len(found.best) - limit
     lines = [
@@ -152,7 +153,16 @@ def _advice(config: RunConfig, path: str, found: Plan, machine: Hardware, memory
             f"note: {config.train.global_batch_size} sequences a step are few for {best.layout.world_size} GPUs: larger"
             " steps (and a schedule to match) or fewer GPUs would use them better"
         )
-    return "\n".join([*lines, "for number 1:", f"  megameta train {path} {' '.join(best.layout.overrides())}"])
+    return "\n".join([*lines, "for number 1:", f"  {_command(given, best.layout, int(machine.gpus_per_node))}"])
+
+
+def _command(given: list[str], layout: Layout, per_node: int) -> str:
+    """A shell command that trains under the layout; what was given stays in it."""
+    words = shlex.join(["train", *given, *layout.overrides()])
+    if layout.world_size <= per_node:
+        return f"megameta {words} --nproc-per-node {layout.world_size}"
+    nodes = f"--nnodes {-(-layout.world_size // per_node)} --nproc-per-node {per_node}"
+    return f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m megameta {words}"
 
 
 def _other_batch(config: RunConfig, best: Evaluation, machine: Hardware, memory: float) -> str | None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -108,15 +108,18 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     """Run ``python -m megameta ARGUMENTS`` as ``num_processes`` ranks on this machine; return the exit code.
 
     Ends when all ranks have; the code is that of the first rank that failed. When one fails the others get
-    ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank.
+    ``GRACE_SECONDS`` and are then ended. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank. A rank that something
+    else has killed could not say so: it is said here.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     # A rank that is left alone would print C++ stack traces beside the message of the one that failed.
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     ranks: list[subprocess.Popen] = []
+    passed_on: set[int] = set()
 
     def forward(number: int, _frame: object) -> None:
+        passed_on.add(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
@@ -127,7 +130,9 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
             command = [sys.executable, "-m", "megameta", *arguments]
             ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place, **quiet}))
-        return _wait(ranks)
+        code = _wait(ranks)
+        _say_which_was_killed(ranks, passed_on)
+        return code
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -149,3 +154,15 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
     failed = failed or next((process.returncode for process in ranks if process.returncode), 0)
     return failed if failed >= 0 else 128 - failed
+
+
+def _say_which_was_killed(ranks: Sequence[subprocess.Popen], passed_on: Collection[int]) -> None:
+    """One line for the first rank that died of a signal which did not come through this launcher."""
+    for rank, process in enumerate(ranks):
+        number = -(process.poll() or 0)
+        if number > 0 and number not in passed_on:
+            name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+            cause = " (if nobody did that, memory may have run out: see dmesg)" if number == signal.SIGKILL else ""
+            remedy = "start the run again: it goes on from its last checkpoint"
+            print(f"error: rank {rank} was ended by {name}{cause}; {remedy}", file=sys.stderr, flush=True)
+            return

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megameta.config import RunConfig
 from megameta.parallel.cost import Evaluation, Hardware, evaluate
 from megameta.parallel.layout import Layout
+from megameta.validate import layout_problems
 
 #: Share of a GPU's memory left to CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.08
@@ -62,6 +63,8 @@ def layouts(config: RunConfig, num_gpus: int, gpus_per_node: int) -> Iterator[La
                 continue
             data = num_gpus // (tensor * pipeline)
             for zero_stage in _zero_stages(pipeline, data):
+                if not _works(config, tensor, pipeline, zero_stage, sequence_parallel):
+                    continue
                 for micro in _micro_batches(config, data):
                     accumulation = config.train.global_batch_size // (micro * data)
                     for checkpointing in (False, True):
@@ -75,6 +78,13 @@ def layouts(config: RunConfig, num_gpus: int, gpus_per_node: int) -> Iterator[La
                             accumulation,
                             checkpointing,
                         )
+
+
+def _works(config: RunConfig, tensor: int, pipeline: int, zero_stage: int, sequence_parallel: bool) -> bool:
+    """Whether ``validate`` lets the layout start."""
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "zero_stage": zero_stage}
+    parallel = config.parallel.model_copy(update={**sizes, "sequence_parallel": sequence_parallel})
+    return not layout_problems(config.model_copy(update={"parallel": parallel}), "cuda")
 
 
 def tensor_sizes(config: RunConfig, num_gpus: int, gpus_per_node: int) -> list[int]:

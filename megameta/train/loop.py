@@ -276,6 +276,8 @@ class Trainer:
         failure: list[str | None] = [None]
         if self.topology.is_main:
             try:
+                if self.metrics:
+                    self.metrics.sync()  # after a power cut, too, it reaches to the step that the run goes on from
                 point_latest(path)
                 prune(self.checkpoints, self.config.checkpoint.keep)
             except (OSError, UserError) as error:

@@ -26,14 +26,18 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record, on disk before this returns to the caller's next step."""
+        """Append a record: a kill of the process loses none, a power cut those after the last ``sync``."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Sync and close."""
+    def sync(self) -> None:
+        """Bring the records to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
         self._file.close()
 
 

@@ -1,6 +1,7 @@
 """``megameta train`` on one rank: from a configuration file to an exit code."""
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -13,6 +14,9 @@ from megameta.parallel.launch import initialize_process_group, make_topology, pi
 from megameta.train.loop import Trainer
 from megameta.train.setup import load_run_config
 from megameta.validate import validate
+
+#: What gloo and the store say where the process at the other end is gone.
+_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed")
 
 
 def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
@@ -42,10 +46,15 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _let_others_leave()
         _leave(EXIT_FAILURE)
-    except RuntimeError:
+    except RuntimeError as error:
         if not _has_been_said():
-            raise
-        _leave(EXIT_FAILURE)  # a collective broke off because a rank has left with its message
+            if not _LOST.search(str(error)):
+                raise
+            # A rank that was killed has no message. Which, and of what, its launcher knows.
+            if _may_speak():
+                print(f"rank {os.environ.get('RANK', '0')} leaves: another rank has ended", file=sys.stderr, flush=True)
+            _let_others_leave()
+        _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
 
 
 def _leave(code: int) -> NoReturn:

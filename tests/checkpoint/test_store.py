@@ -106,6 +106,10 @@ def test_every_damage_to_the_manifest_is_noticed(written):
         path.write_bytes(original[:place])
         with pytest.raises(UserError, match=r"manifest\.json"):
             read_manifest(written)
+    for more in (b"\n", b" ", b"\0", b"}"):
+        path.write_bytes(original + more)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            read_manifest(written)
     path.write_bytes(original)
     open_checkpoint(written)
 

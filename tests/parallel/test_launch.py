@@ -120,6 +120,19 @@ def test_the_first_failure_is_the_code_and_stragglers_are_ended(stand_in, monkey
     assert children() == before
 
 
+def test_a_killed_rank_cannot_say_so_and_the_launcher_does(stand_in, monkeypatch, capfd):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    stand_in("""
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+    """)
+    assert launch_local([], 3) == 137
+    said = capfd.readouterr().err
+    assert said.startswith("error: rank 1 was ended by SIGKILL (if nobody did that, memory may have run out")
+    assert said.count("error: ") == 1 and "start the run again" in said, "nothing of those that the launcher ended"
+
+
 def test_others_may_end_by_themselves_within_the_grace(stand_in):
     folder = stand_in("""
         if rank == 1:

@@ -1,12 +1,17 @@
 """RUN/metrics.jsonl through kills and resumes, and the measures of speed."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from train_cases import tiny_config
 
+from megameta.checkpoint import TrainerState
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
+from megameta.parallel.topology import Topology
+from megameta.train import loop
 from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics, step_flops
 
 
@@ -25,6 +30,29 @@ def test_cut_back_to_the_resumed_step(tmp_path, tail):
     file.write({"step": 4, "loss": 9.0})
     assert read_metrics(path) == [*lines[:3], {"step": 4, "loss": 9.0}], "a record is there before the next step"
     file.close()
+
+
+def test_the_lines_are_on_the_disk_before_latest_names_their_checkpoint(tmp_path, monkeypatch):
+    """A power cut would leave a hole otherwise: the run goes on after lines that were never written."""
+    done = []
+    topology, state = Topology(), TrainerState(step=3, next_batch=3, tokens=1, targets=1, optimizer_step=3)
+    engine = SimpleNamespace(state=SimpleNamespace(optimizer_step=3), loss_scale_state=lambda: None)
+    metrics = SimpleNamespace(sync=lambda: done.append("sync"))
+    config = tiny_config("x")
+    monkeypatch.setattr(loop, "save_distributed", lambda *_: done.append("save"))
+    monkeypatch.setattr(loop, "point_latest", lambda *_: done.append("latest"))
+    monkeypatch.setattr(loop, "prune", lambda *_: done.append("prune"))
+    monkeypatch.setattr(loop.dist, "broadcast_object_list", lambda values: None)
+    trainer = SimpleNamespace(
+        state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path
+    )
+    loop.Trainer._save(trainer)
+    assert done == ["save", "sync", "latest", "prune"]
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(descriptor))
+    file.sync()
+    assert done[-1] == file._file.fileno()
 
 
 def test_evaluation_at_the_resumed_step_stays(tmp_path):
