@@ -17,11 +17,8 @@ ARGS ?=
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
 	@echo "make test        run the tests (15 minutes)"
-<<<<<<< HEAD
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
-=======
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
->>>>>>> h3
 	@echo "make check       ruff, its formatter, mypy"
 	@echo "make bench       time of a training step with meta-attention over one without"
 	@echo "make clean       remove .venv, caches and quickstart/"
