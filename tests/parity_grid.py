@@ -134,12 +134,15 @@ def main() -> int:
     """Run the grid; the exit code says whether every layout computes the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=None, help="write the table there")
+    parser.add_argument("--pipelines", action="store_true", help="only layouts with pipeline stages, all switches on")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of processes")
     arguments = parser.parse_args()
     start = time.monotonic()
     cases = list(
         dict.fromkeys([*layouts(tuple(arguments.worlds)), *(c for c in pairwise() if c.world_size in arguments.worlds)])
     )
+    if arguments.pipelines:
+        cases = [case for case in cases if case.pipeline > 1 and case.changed == "all on"]
     bf16 = list(dict.fromkeys(_alone(case) for case in cases if case.levels["precision"] == "bf16"))
     results: dict[Case, Comparison] = {}
     seconds: dict[Case, float] = {}
@@ -160,7 +163,7 @@ def main() -> int:
                 results[case] = judge(case, outcome, references, alone)
                 seconds[case] = 0.0 if isinstance(outcome, str) else outcome[0]["seconds"]
                 print(_line(case, results[case]), f"({seconds[case]:.0f} s)", flush=True)
-        moved = run_moves(corpus, Path(folder)) if 8 in arguments.worlds else {}
+        moved = run_moves(corpus, Path(folder)) if 8 in arguments.worlds and not arguments.pipelines else {}
     elapsed = time.monotonic() - start
     bad = [case for case in results if results[case].violations] + [case for case in moved if not moved[case].holds]
     good = len(results) + len(moved) - len(bad)

@@ -22,7 +22,7 @@ from megameta.parallel.activations import Widths
 from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
 
 Group = Literal["tensor", "pipeline", "data", "embedding"]
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
 GROUPS: tuple[Group, ...] = ("tensor", "pipeline", "data", "embedding")
 
 
@@ -154,6 +154,7 @@ def _pipeline(config: RunConfig, layout: Layout, stage: int) -> list[Transfer]:
     if config.model.tie_embeddings and stage in (0, layout.pipeline - 1):
         table = widths.weight * table_rows(config.model, layout.tensor) * config.model.hidden_size
         found.append(Transfer("embedding", "all_reduce", "gradient of the tied table", table, 1, 2))
+        found.append(Transfer("embedding", "broadcast", "the tied table after the update", table, 1, 2))
     return found
 
 

@@ -42,6 +42,10 @@ class PipelineEngine(Engine):
 
     def _update(self) -> None:
         self.engine._exec_optimizer_step()
+        # DeepSpeed sums tied gradients over stages and then, apart, over replicas: with more than two of them the two
+        # copies' last bits may differ. The first stage's table is the one that counts.
+        with torch.no_grad():
+            self.engine.module._synchronize_tied_weights()
 
     def _sum_losses(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, int, int]:
         batches = iter(batches)

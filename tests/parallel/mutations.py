@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 from megameta.parallel import collectives, tensor_parallel
@@ -155,6 +156,35 @@ def other_draws() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def drifting() -> Iterator[None]:
+    """The tied table's second copy is left to its own update, which here differs in its last bits."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    right = PipelineEngine._exec_optimizer_step
+
+    def step(self: Any) -> None:
+        right(self)
+        if self.is_last_stage():
+            with torch.no_grad():
+                self.module.tied_modules["embedding"].embedding.tokens.weight.mul_(1 + 2e-7)
+
+    once = PipelineModule._synchronize_tied_weights
+    calls: list[int] = []
+
+    def synchronize(self: Any) -> None:
+        if not calls:  # at construction alone
+            once(self)
+        calls.append(1)
+
+    with (
+        mock.patch.object(PipelineEngine, "_exec_optimizer_step", step),
+        mock.patch.object(PipelineModule, "_synchronize_tied_weights", synchronize),
+    ):
+        yield
+
+
 #: Name → (mutation, layout as TP, PP, DP, ZeRO).
 MUTATIONS: dict[str, tuple[Any, tuple[int, int, int, int]]] = {
     "norms and row biases not summed over TP": (unsummed_norms, (2, 1, 1, 1)),
@@ -170,5 +200,6 @@ MUTATIONS: dict[str, tuple[Any, tuple[int, int, int, int]]] = {
     "weights drawn by rank": (other_draws, (2, 1, 1, 1)),
     "loss divided by data-parallel size": (scaled_loss, (1, 1, 2, 1)),
     "tied gradients not summed": (untied, (1, 2, 1, 1)),
+    "tied copies not brought together": (drifting, (1, 2, 1, 1)),
     "tied table counted twice in the norm": (counted_twice, (1, 2, 1, 1)),
 }

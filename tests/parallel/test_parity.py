@@ -72,7 +72,11 @@ def broken(corpus):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_layout_is_seen(broken, expected, name):
     kinds = {kind for kind, _ in compare(broken[name], expected[3]).violations}
-    wanted = {"shards not marked for the norm": "norm", "tied table counted twice in the norm": "norm"}
+    wanted = {
+        "tied copies not brought together": "replicas",
+        "shards not marked for the norm": "norm",
+        "tied table counted twice in the norm": "norm",
+    }
     assert wanted.get(name, "initial" if "drawn" in name else "gradient") in kinds
 
 
