@@ -191,8 +191,8 @@ class _Findings:
     """What one rank has seen of a checkpoint."""
 
     checkpoint: Checkpoint | None = None
-    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    """(name of the file, message); the name is empty where the trouble is with the whole."""
+    problems: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
+    """(name of the file, 0 for its bytes and 1 for what they mean, message); no name where it is about the whole."""
     tensors: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """Tensors by kind in the files that this rank has read."""
 
@@ -209,10 +209,10 @@ def open_checkpoint(path: str | os.PathLike[str], topology: Ranks | None = None)
     ranks = topology or Alone()
     mine = _inspect(path, ranks)
     seen = exchange((mine.problems, mine.tensors), ranks)
-    problems = [(name, rank, text) for rank, (found, _) in enumerate(seen) for name, text in found]
+    problems = [(name, what, rank, text) for rank, (found, _) in enumerate(seen) for name, what, text in found]
     checkpoint = mine.checkpoint
     if problems or checkpoint is None:  # none, and no problem anywhere: cannot be
-        _, rank, text = min(problems)
+        _, _, rank, text = min(problems)
         raise UserError(text if rank == 0 else f"{text} (seen by rank {rank})")
     expected = checkpoint.manifest.tensors
     for kind in KINDS:
@@ -231,11 +231,11 @@ def _inspect(path: str | os.PathLike[str], ranks: Ranks) -> _Findings:
         manifest = read_manifest(directory)
         unlisted = sorted({file.name for file in directory.glob(f"*{SUFFIX}")} - manifest.files.keys())
     except (UserError, OSError) as error:
-        result.problems.append(("", str(error)))
+        result.problems.append(("", 0, str(error)))
         return result
     for name in unlisted:
         text = f"{directory / name}: not in {MANIFEST}; move it out of the checkpoint if it is not part of it, else"
-        result.problems.append((name, f"{text} {REMEDY}"))
+        result.problems.append((name, 0, f"{text} {REMEDY}"))
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))
     for name in by_size[ranks.rank :: ranks.world_size]:
         try:
@@ -244,12 +244,12 @@ def _inspect(path: str | os.PathLike[str], ranks: Ranks) -> _Findings:
             if kind is not None:
                 result.tensors[kind] += len(StoredTensors([directory / name]))
         except UserError as error:
-            result.problems.append((name, str(error)))
-    if not any(name == CONFIG for name, _ in result.problems):
+            result.problems.append((name, 0, str(error)))
+    if not any(name == CONFIG for name, *_ in result.problems):
         try:
             result.checkpoint = Checkpoint(directory, _read_config(directory / CONFIG), manifest)
         except UserError as error:
-            result.problems.append((CONFIG, str(error)))
+            result.problems.append((CONFIG, 1, str(error)))
     return result
 
 
