@@ -85,8 +85,11 @@ class Engine:
         self.optimizer = make_optimizer(module, config.optimizer)
         settings, mpu = deepspeed_config(config, self.accumulation_steps), self._mpu()
         if config.parallel.zero_stage == 3:
-            # Partitions one parameter after another, so that no device ever holds the whole model.
-            deepspeed.zero.Init(module=module, mpu=mpu, config_dict_or_path=settings)
+            # Partitions one parameter after another, so that no device ever holds the whole model. It does not ask the
+            # mpu for the group, and would mix the shards of different tensor-parallel ranks.
+            deepspeed.zero.Init(
+                module=module, mpu=mpu, config_dict_or_path=settings, data_parallel_group=self.groups.data
+            )
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
