@@ -30,6 +30,9 @@ setup(
         "matplotlib>=3.8",
         "zstandard>=0.22",
         "pyarrow>=15",
+        "tiktoken>=0.8",
+        "rensa>=0.5",
+        "py3langid>=0.3",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
