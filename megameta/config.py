@@ -45,11 +45,46 @@ class RunSection(Section):
     """Where to compute. auto: the GPUs that are there, else the CPU."""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _source(name: str, entry: Any) -> Any:
+    """A source from its short forms: PREFIX: weight, NAME: PREFIX, NAME: [PREFIX, …]; others are left to be checked."""
+    if entry is None or _is_number(entry):
+        return {"prefixes": [name], "weight": entry}
+    return {"prefixes": entry} if isinstance(entry, str | list) else entry
+
+
+class Source(Section):
+    """One source of a mixture."""
+
+    prefixes: list[str]
+    """Prefixes of its tokenised datasets; their documents are pooled."""
+    weight: float | None = Field(None, gt=0)
+    """Its share of the samples, in any scale."""
+
+    @pydantic.field_validator("prefixes", mode="before")
+    @classmethod
+    def _one_prefix(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 class DataSection(Section):
     """What is read."""
 
-    train: list[str] = []
-    """Prefixes of tokenised datasets (PREFIX.bin and PREFIX.idx); their documents are pooled."""
+    train: list[str] | dict[str, Source] = []
+    """Prefixes of tokenised datasets (PREFIX.bin and PREFIX.idx), whose documents are pooled; or a mixture:
+    {PREFIX: weight, …}, {NAME: {prefixes: […], weight: w}, …}, or Megatron's list [weight, PREFIX, …]."""
+    temperature: float = Field(1.0, gt=0)
+    """Where the sources of a mixture have no weights: shares are as tokens^(1 / temperature)."""
+    split: tuple[float, float, float] | None = None
+    """Shares of each training dataset's documents for training, for the held-out set "valid" and for "test", in any
+    scale, in the order on disk (Megatron's --split). "test" is evaluated once, at the end."""
+    cross_documents: bool = True
+    """Samples run on from one document into the next; false: each holds a piece of one document, padded at the end."""
+    cache_dir: str | None = None
+    """Where the orders of large corpora are kept; runs may share it. Default: cache/ in run.dir."""
     valid: dict[str, list[str]] = {}
     """Held-out sets by name, each a list of prefixes; a bare list is named "valid"."""
     tokenizer: str | None = None
@@ -67,8 +102,25 @@ class DataSection(Section):
 
     @pydantic.field_validator("train", mode="before")
     @classmethod
-    def _one_prefix(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _sources(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and len(value) > 1 and _is_number(value[0]):
+            weights, prefixes = value[::2], value[1::2]
+            fits = all(map(_is_number, weights)) and all(isinstance(prefix, str) for prefix in prefixes)
+            if not fits or len(weights) != len(prefixes) or len({*prefixes}) < len(prefixes):
+                raise ValueError("a list that begins with a weight is weight, prefix, weight, prefix, …")
+            value = dict(zip(prefixes, weights, strict=True))
+        if isinstance(value, dict):
+            return {name: _source(name, entry) for name, entry in value.items()}
+        return value
+
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """Prefixes by the name of their source; a bare list is one source without a name."""
+        if isinstance(self.train, list):
+            return {"": self.train} if self.train else {}
+        return {name: source.prefixes for name, source in self.train.items()}
 
     @pydantic.field_validator("valid", mode="before")
     @classmethod

@@ -35,9 +35,36 @@ def _model_and_data(config: RunConfig) -> list[str]:
         found.append("data.reset_positions needs data.document_mask=true: positions restart where documents end")
     if data.text_per_sample < 1:
         found.append(f"data.meta_token_fraction {data.meta_token_fraction} leaves no text in a sequence")
+    found += _sources(config)
     for first, end in data.skip:
         if not 0 <= first < end:
             found.append(f"data.skip [{first}, {end}]: a range is [first, end) with first below end")
+    return found
+
+
+def _sources(config: RunConfig) -> list[str]:
+    data = config.data
+    found = []
+    if isinstance(data.train, dict):
+        without = [name for name, source in data.train.items() if source.weight is None]
+        if 0 < len(without) < len(data.train):
+            found.append(
+                f"data.train: {', '.join(without[:5])} without a weight, others with one; give all of them a weight, or"
+                " none, and data.temperature sets the shares"
+            )
+        if data.temperature != 1.0 and not without:
+            found.append("data.temperature is for sources without weights; take it or data.train's weights away")
+        found += [f"data.train.{name}: no prefixes" for name, source in data.train.items() if not source.prefixes]
+    elif data.temperature != 1.0:
+        found.append(
+            "data.temperature needs sources: data.train is a list, whose documents are pooled; write a mapping"
+        )
+    if data.split is not None:
+        if min(data.split) < 0 or data.split[0] <= 0:
+            found.append(f"data.split {list(data.split)}: shares are 0 or more, that of training above 0")
+        taken = sorted({"valid", "test"} & {name.partition("/")[0] for name in data.valid})
+        if taken:
+            found.append(f"data.valid.{taken[0]}: data.split makes a set of that name; give yours another")
     return found
 
 

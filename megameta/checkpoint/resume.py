@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "optimizer.schedule",
     "optimizer.decay_steps",
     "data.skip",
+    "data.cache_dir",
     "data.valid",
     "data.valid.*",
     "model.attention_backend",

@@ -30,7 +30,7 @@ def evaluate(source: str, overrides: list[str], *, json_path: str | None = None)
         overrides: values that replace those of the configuration, evaluation-time switches of the model included.
     """
     config, weights = load_source(source, overrides)
-    if not config.data.valid:
+    if not config.data.valid and config.data.split is None:
         raise UserError("no held-out set is named: give data.valid=PREFIX, or data.valid={name: [PREFIX]}")
     device = pick_device(config.run.device)
     validate(config, world_size=1, device=device)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from megameta.config import DataSection
 from megameta.data.counter_random import choose, make_key
-from megameta.data.samples import SampleIndex, Text
+from megameta.data.samples import Samples, Text
 from megameta.errors import UserError
 
 #: Label of a slot that has no loss; torch's cross_entropy and HuggingFace use the same.
@@ -77,8 +77,8 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
     """Inject meta-tokens into L + 1 text tokens and say which slots have a loss.
 
     Slot t's label is the token of slot t + 1, the L + 1st text token being slot T. There is none where that is a
-    meta-token, or, under a document mask, belongs to another document. A meta-token does predict the text token after
-    it, and belongs to the document of the text before it (a leading run: to the first document).
+    meta-token, or padding, or, under a document mask, belongs to another document. A meta-token does predict the text
+    token after it, and belongs to the document of the text before it (a leading run: to the first document).
     """
     _check_ids(text, index, form)
     length = form.sequence_length
@@ -87,6 +87,8 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
     slots = np.full(length + 1, form.meta_token_id, dtype=np.int64)
     slots[is_text] = text.token_L
     label_T = np.where(is_text[1:], slots[1:], IGNORE_INDEX)
+    if text.num_tokens is not None:
+        label_T[np.cumsum(is_text)[1:] > text.num_tokens] = IGNORE_INDEX
     if form.skip_first_target:
         first = int(np.argmax(is_text))
         if first > 0:
@@ -106,10 +108,11 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
 
 
 def _check_ids(text: Text, index: int, form: SampleFormat) -> None:
-    highest = int(text.token_L.max())
+    token_L = text.token_L[: text.num_tokens]
+    highest = int(token_L.max())
     if form.vocab_size is not None and highest >= form.vocab_size:
         problem = f"token {highest}, and model.vocab_size is {form.vocab_size}"
-    elif form.num_meta_tokens and (text.token_L == form.meta_token_id).any():
+    elif form.num_meta_tokens and (token_L == form.meta_token_id).any():
         problem = f"the meta-token {form.meta_token_id}, which no text is encoded to"
     else:
         return
@@ -122,7 +125,7 @@ def _check_ids(text: Text, index: int, form: SampleFormat) -> None:
 class Dataset:
     """Samples by index, counting on through epochs."""
 
-    def __init__(self, samples: SampleIndex, form: SampleFormat) -> None:
+    def __init__(self, samples: Samples, form: SampleFormat) -> None:
         self.samples = samples
         self.form = form
 

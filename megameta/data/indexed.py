@@ -275,6 +275,10 @@ class IndexedDataset:
             raise IndexError(f"{self.prefix}.bin: tokens {start_token} to {start_token + count} of {self.num_tokens}")
         return self._tokens[start_token : start_token + count].astype(np.int64)
 
+    def take(self, places: Ints) -> Ints:
+        """Tokens at many places of .bin, counted in tokens: int64[len(places)]."""
+        return self._tokens[places].astype(np.int64)
+
     def document(self, index: int) -> Ints:
         """All tokens of document ``index``: int64[document_lengths[index]]."""
         if not 0 <= index < self.num_documents:

@@ -102,7 +102,7 @@ def card_from_run(run_config: Any, source: Path) -> dict[str, Any]:
         for key in keys
         if (value := getattr(getattr(run_config, section, None), key, None)) is not None
     }
-    prefixes = [Path(prefix).name for prefix in getattr(run_config.data, "train", None) or []]
+    prefixes = [Path(prefix).name for part in run_config.data.sources.values() for prefix in part]
     card: dict[str, Any] = {"training": training} if training else {}
     if prefixes:
         card["training_data"] = prefixes

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megameta.checkpoint import load_weights
 from megameta.config import RunConfig
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
-from megameta.data.samples import Corpus, SampleIndex
+from megameta.data.sources import held_out_samples
 from megameta.errors import UserError
 from megameta.model.init import draw_parameter
 from megameta.train.evaluation import evaluated_samples
@@ -42,7 +42,7 @@ def unigram_entropy(tokens: npt.NDArray[np.int64]) -> float:
 def evaluated_targets(config: RunConfig, name: str = "valid") -> npt.NDArray[np.int64]:
     """The targets over which the evaluation of a run averages, in their order."""
     form = replace(SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed), skip_first_target=True)
-    dataset = Dataset(SampleIndex(Corpus(config.data.valid[name]), form.text_per_sample, None), form)
+    dataset = Dataset(held_out_samples(config)[name], form)
     labels = np.concatenate([dataset[index].label_T for index in evaluated_samples(config, dataset)])
     return labels[labels != IGNORE_INDEX]
 

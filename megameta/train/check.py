@@ -120,7 +120,11 @@ def _traffic(stage: StageEstimate) -> list[str]:
 
 def missing_files(config: RunConfig) -> list[str]:
     """Datasets and tokenizer that the configuration names and that are not there."""
-    prefixes = [("data.train", prefix) for prefix in config.data.train]
+    prefixes = [
+        (f"data.train.{name}" if name else "data.train", prefix)
+        for name, part in config.data.sources.items()
+        for prefix in part
+    ]
     prefixes += [(f"data.valid.{name}", prefix) for name, part in config.data.valid.items() for prefix in part]
     missing = [f"{key}: {prefix}.bin and .idx" for key, prefix in prefixes if not dataset_exists(prefix)]
     if config.data.tokenizer and not os.path.exists(config.data.tokenizer):

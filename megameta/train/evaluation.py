@@ -11,7 +11,7 @@ from torch import Tensor
 from megameta.config import RunConfig
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
 from megameta.data.loader import Batch, collate
-from megameta.data.samples import Corpus, SampleIndex
+from megameta.data.sources import TEST, held_out_samples
 from megameta.data.tokenizer import load_tokenizer
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
@@ -59,17 +59,23 @@ class Evaluator:
         if form.num_meta_tokens and config.eval.without_injection:
             forms["/no-meta"] = replace(form, num_meta_tokens=0)
         self.sets = {
-            name + suffix: Dataset(SampleIndex(Corpus(prefixes), form.text_per_sample, None), form)
-            for name, prefixes in config.data.valid.items()
+            name + suffix: Dataset(samples, form)
+            for name, samples in held_out_samples(config).items()
             for suffix, form in forms.items()
         }
         self.byte_counts: Tensor | None = None
         if config.data.tokenizer is not None:
             self.byte_counts = torch.from_numpy(load_tokenizer(config.data.tokenizer).token_bytes()).long()
 
-    def run(self, engine: Engine) -> dict[str, EvalResult]:
+    def names(self, *, final: bool) -> list[str]:
+        """The sets to evaluate: all at the end of a run, all but those of ``data.split``'s test share before."""
+        split = self.config.data.split is not None
+        return [name for name in self.sets if final or not split or name.partition("/")[0] != TEST]
+
+    def run(self, engine: Engine, names: list[str] | None = None) -> dict[str, EvalResult]:
         """Results by set name; "NAME/no-meta" is the same text without meta-tokens. Collective."""
-        return {name: EvalResult.of(*engine.evaluate(self.batches(name), self.byte_counts)) for name in self.sets}
+        wanted = list(self.sets) if names is None else names
+        return {name: EvalResult.of(*engine.evaluate(self.batches(name), self.byte_counts)) for name in wanted}
 
     def batches(self, name: str) -> Iterator[Batch]:
         """This rank's batches of a set."""

@@ -28,7 +28,7 @@ from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader, next_batch_number
-from megameta.data.samples import Corpus, SampleIndex
+from megameta.data.sources import SourceReport, training_data
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
@@ -52,8 +52,9 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self._lock = self._open_directory()
         checkpoint = self._find_checkpoint()
+        data = training_data(config)
         dataset = Dataset(
-            SampleIndex(Corpus(config.data.train), config.data.text_per_sample, config.run.seed),
+            data.samples,
             SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
         )
         self.evaluator = Evaluator(config, topology)
@@ -73,7 +74,7 @@ class Trainer:
             self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
         self._stop_requested = False
-        self._describe(dataset, checkpoint)
+        self._describe(data.reports, checkpoint)
         self._open_records()
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class Trainer:
         check_resumable(checkpoint.config, self.config, str(checkpoint.path))
         return checkpoint
 
-    def _describe(self, dataset: Dataset, checkpoint: Checkpoint | None) -> None:
+    def _describe(self, sources: list[SourceReport], checkpoint: Checkpoint | None) -> None:
         config, engine = self.config, self.engine
         parameters = sum(math.prod(shape) for shape in engine.state.shapes.values())
         kernel = next(module.name for module in engine.model.modules() if isinstance(module, Attention))
@@ -124,8 +125,13 @@ class Trainer:
             config.data.sequence_length,
             config.data.num_meta_tokens,
         )
-        epochs = config.train.num_steps * config.train.global_batch_size / len(dataset)
-        LOG.info("%s tokens of text; the run is %.2f epochs", f"{dataset.samples.corpus.num_tokens:,}", epochs)
+        for source in sources:
+            name = f"{source.name}: " if source.name else ""
+            share = f", {source.share:.2%} of the samples" if source.name else ""
+            LOG.info(
+                "%s%s documents, %s tokens of text%s; the run is %.2f epochs",
+                *(name, f"{source.documents:,}", f"{source.tokens:,}", share, source.epochs),
+            )
         if checkpoint:
             LOG.info("going on from %s", checkpoint.path)
 
@@ -171,8 +177,9 @@ class Trainer:
             step, last = self.state.step, self.state.step == config.train.num_steps
             if config.train.check_replicas_every and step % config.train.check_replicas_every == 0:
                 check_replicas(self.engine.state, step)
-            if self.evaluator.sets and (last or step % config.eval.interval == 0):
-                self._evaluate()
+            sets = self.evaluator.names(final=last)
+            if sets and (last or step % config.eval.interval == 0):
+                self._evaluate(sets)
             stopping = self.engine.any_rank(self._stop_requested)
             if last or stopping or step % config.checkpoint.interval == 0:
                 self._save()
@@ -238,9 +245,9 @@ class Trainer:
             typical = statistics.median(self._durations)
             self.display.step(step, record["loss"], record["lr"], slots / typical, typical * (num_steps - step))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, sets: list[str]) -> None:
         start = time.perf_counter()
-        results = self.evaluator.run(self.engine)
+        results = self.evaluator.run(self.engine, sets)
         step = self.state.step
         values = {
             f"{name}/{measure}": value

@@ -95,7 +95,7 @@ def test_card_from_run(tmp_path: Path) -> None:
         '{"step": 1, "loss": 3.0, "note": "x"}\n{"step": 1, "eval": {"valid": {"loss": 2.5, "bits_per_byte": null}}}\n'
         '{"step": 2, "loss": 2.0}\n{"st'  # killed while writing
     )
-    data = SimpleNamespace(train=["/somewhere/private/books_text_document"], sequence_length=64)
+    data = SimpleNamespace(sources={"": ["/somewhere/private/books_text_document"]}, sequence_length=64)
     run_config = SimpleNamespace(data=data, train=SimpleNamespace(num_steps=2))
     for source in (tmp_path, tmp_path / "checkpoints" / "step_2"):
         card = card_from_run(run_config, source)

@@ -253,6 +253,7 @@ class Comparison:
 
     worst: dict[str, float]
     violations: list[tuple[str, str]]
+    note: str = ""
 
 
 def compare_bf16(reports: list[dict[str, Any]], alone: list[dict[str, Any]], expected: dict[str, Any]) -> Comparison:
