@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from megameta.data import tokenizer as tokenizers
 from megameta.data.indexed import IndexedDatasetWriter, dataset_exists, token_dtype
@@ -98,8 +98,8 @@ class EncodedKey:
     """The documents of one block under one key, ready to be appended to a dataset."""
 
     ids: bytes
-    sequence_lengths: list[int]
-    sequences_per_document: list[int]
+    sequence_lengths: npt.NDArray[np.int64]
+    sequences_per_document: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,17 @@ class BlockEncoder:
         return EncodedBlock(keys, len(rows), text_bytes, block.input_bytes, bad)
 
     def _encode_key(self, documents: list[list[str]]) -> EncodedKey:
-        encoded = iter(self._tokenizer.encode_batch([text for texts in documents for text in texts]))
-        sequences: list[list[int]] = []
-        per_document = []
-        for texts in documents:
-            own = [ids for ids in (next(encoded) for _ in texts) if ids]
-            if own and self._eod is not None:
-                own[-1].append(self._eod)
-            sequences += own
-            per_document.append(len(own))
-        lengths = [len(ids) for ids in sequences]
-        flat = np.fromiter(chain.from_iterable(sequences), dtype=self.dtype.newbyteorder("<"), count=sum(lengths))
-        return EncodedKey(flat.tobytes(), lengths, per_document)
+        flat, lengths = self._tokenizer.encode_flat([text for texts in documents for text in texts])
+        owner = np.repeat(np.arange(len(documents)), [len(texts) for texts in documents])
+        full = lengths > 0
+        lengths, per_document = lengths[full], np.bincount(owner[full], minlength=len(documents))
+        if self._eod is not None:
+            last = np.cumsum(per_document)[per_document > 0] - 1  # the last sequence of each document with tokens
+            flat = np.insert(flat, np.cumsum(lengths)[last], self._eod)
+            lengths[last] += 1
+        if flat.size and int(flat.max()) > np.iinfo(self.dtype).max:
+            raise ValueError(f"id {flat.max()} does not fit {self.dtype}")
+        return EncodedKey(flat.astype(self.dtype.newbyteorder("<")).tobytes(), lengths, per_document)
 
 
 def preprocess(options: PreprocessOptions, on_progress: Callable[[Counts], None] = lambda counts: None) -> Counts:
@@ -175,8 +174,8 @@ def preprocess(options: PreprocessOptions, on_progress: Callable[[Counts], None]
             _note_bad(block.bad, counts, options.on_error)
             for writer, encoded in zip(writers, block.keys, strict=True):
                 writer.add_documents(encoded.ids, encoded.sequence_lengths, encoded.sequences_per_document)
-                counts.tokens += sum(encoded.sequence_lengths)
-                counts.empty += encoded.sequences_per_document.count(0)
+                counts.tokens += int(encoded.sequence_lengths.sum())
+                counts.empty += int(np.count_nonzero(encoded.sequences_per_document == 0))
             counts.documents += block.documents
             counts.text_bytes += block.text_bytes
             counts.input_bytes += block.input_bytes
