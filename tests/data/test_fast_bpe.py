@@ -34,7 +34,7 @@ def tokenizer(request, tmp_path_factory):
             pytest.skip("MEGAMETA_GPT2_TOKENIZER does not name a directory with GPT-2's vocabulary and merges")
         return load_tokenizer(path)
     folder = tmp_path_factory.mktemp("small")
-    train_bpe(iter(CORPUS), 500, folder)
+    train_bpe(iter(CORPUS), 440, folder)
     return load_tokenizer(folder)
 
 
