@@ -154,7 +154,7 @@ def _write_index(file: IO[bytes], dtype: np.dtype[Any], lengths: Lengths, paths:
         start = 0
         while (part := np.fromfile(sizes, dtype="<i4", count=_CHUNK)).size:
             ends = start + np.cumsum(part, dtype=np.int64) * dtype.itemsize
-            file.write(np.concatenate(([start], ends[:-1])).astype("<i8"))
+            file.write(np.concatenate(([start], ends[:-1])).astype("<i8").data)
             start = int(ends[-1])
     file.write(struct.pack("<q", 0))
     with open(paths.bounds, "rb") as bounds:
