@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help=".jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow, a saved HuggingFace dataset, a directory of such files; "
-        "several, and globs",
+        help=".jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow, a saved HuggingFace dataset, a directory of "
+        "such files; several, and globs",
     )
     add("--input-list", metavar="FILE", help="a file that names inputs, one a line, after those of --input")
     add("--hf-dataset", metavar="NAME", help="in place of --input: a dataset of the HuggingFace hub, streamed")

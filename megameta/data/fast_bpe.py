@@ -115,7 +115,7 @@ class FastBPE:
         if not self.takes(text):
             return self._encode_exactly(text)
         try:
-            return memoryview(self._encoding.encode_to_numpy(text, disallowed_special=())).cast("B")
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).data.cast("B")
         except UnicodeEncodeError:  # half a surrogate pair: let HuggingFace say what is wrong with it
             return self._encode_exactly(text)
         except BaseException as error:

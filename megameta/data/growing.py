@@ -78,7 +78,7 @@ class GrowingDataset:
 
     def add(
         self,
-        raw: bytes | npt.NDArray[Any],
+        raw: bytes,
         sequence_lengths: Sequence[int] | npt.NDArray[Any],
         sequences_per_document: Sequence[int] | npt.NDArray[Any],
     ) -> None:
@@ -86,7 +86,7 @@ class GrowingDataset:
         int[documents] sequences in each document."""
         sizes = np.asarray(sequence_lengths, dtype=np.int64)
         counts = np.asarray(sequences_per_document, dtype=np.int64)
-        total, size = int(sizes.sum()), memoryview(raw).nbytes
+        total, size = int(sizes.sum()), len(raw)
         if total * self.dtype.itemsize != size:
             raise ValueError(f"sequences of {total} tokens do not fill {size} bytes of {self.dtype}")
         if int(counts.sum()) != len(sizes):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial as partial_function
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -179,14 +180,7 @@ def preprocess(
         if options.restart:
             partial.remove()
         _refuse_existing(options, partial)
-        command = {
-            "format": FORMAT,
-            "inputs": describe_inputs([hub.name] if hub and os.path.isdir(hub.name) else files),
-            "hub": hub and [hub.name, hub.config, hub.split, hub.revision],
-            "tokenizer": encoder.tokenizer_digest(),
-            "keys": options.json_keys,
-            "append_eod": options.append_eod,
-        }
+        command = _describe(options, encoder, files, hub)
         try:
             journal = partial.journal()
             if journal is None:
@@ -200,28 +194,43 @@ def preprocess(
             if journal is None or not journal.publishing:
                 blocks = partial_function(_read, files, hub, options.json_keys)
                 journal = _tokenise(options, encoder, blocks, partial, journal, on_progress)
+            else:
+                on_progress(journal.counts)
             for number, key in enumerate(options.json_keys):
                 publish(partial.paths(number), options.output(key))
             partial.remove_directory()
-        except OSError as error:
-            raise _failed(partial, say, UserError(f"cannot write {partial.directory}: {error.strerror}")) from error
         except BaseException as error:
-            raise _failed(partial, say, error)
-    on_progress(journal.counts)
+            _leave(partial, say)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {partial.directory}: {error.strerror or error}") from error
+            raise
     return journal.counts
+
+
+def _describe(
+    options: PreprocessOptions, encoder: BlockEncoder, files: list[str], hub: HubDataset | None
+) -> dict[str, Any]:
+    """All that decides about the output's bytes, as JSON; not how it is made (workers) or what may stop it."""
+    return {
+        "format": FORMAT,
+        "inputs": describe_inputs([hub.name] if hub and os.path.isdir(hub.name) else files),
+        "hub": hub and [hub.name, hub.config, hub.split, hub.revision],
+        "tokenizer": encoder.tokenizer_digest(),
+        "keys": options.json_keys,
+        "append_eod": options.append_eod,
+    }
 
 
 def _read(files: list[str], hub: HubDataset | None, keys: list[str], start: Position) -> Iterator[Block]:
     return read_hub_blocks(hub, keys, start) if hub else read_blocks(files, keys, start)
 
 
-def _failed(partial: PartialOutput, say: Callable[[str], None], error: BaseException) -> BaseException:
-    """Keep what was committed, remove the directory where nothing was; ``error``, to be raised."""
+def _leave(partial: PartialOutput, say: Callable[[str], None]) -> None:
+    """After an error: keep what was committed, remove the directory where nothing was."""
     if (partial.directory / "journal.json").exists():
         say(f"what is done is kept in {partial.directory}: the same command goes on from there")
     elif partial.directory.exists():
         partial.remove_directory()
-    return error
 
 
 def _refuse_existing(options: PreprocessOptions, partial: PartialOutput) -> None:

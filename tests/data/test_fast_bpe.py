@@ -110,7 +110,7 @@ def test_what_tiktoken_gives_up_on_goes_to_huggingface(tokenizer, monkeypatch):
         seen.extend(texts)
         return tokenizer._encode_exactly(texts)
 
-    class PanicException(BaseException):  # noqa: N818 (the library's name)
+    class PanicException(BaseException):
         pass
 
     def panic(*arguments, **settings):
