@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megameta.data import preprocess as module
 from megameta.data.indexed import IndexedDataset
 from megameta.data.partial import PartialOutput
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
-from megameta.data.readers import Position, read_blocks
+from megameta.data.readers import read_blocks
+from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
 
@@ -128,11 +131,11 @@ def test_every_block_is_a_place_to_go_on_from(tmp_path, kind, small_blocks):
 def test_stopped_again_and_again(tokenizer, tmp_path, kind, small_blocks):
     inputs, keys = make_inputs(tmp_path, kind), ["text", "title"]
     preprocess(options(tokenizer, inputs, tmp_path / "whole", json_keys=keys, append_eod=True))
-    settings = {"json_keys": keys, "append_eod": True, "commit_interval": 0.0}
+    flags = {"json_keys": keys, "append_eod": True, "commit_interval": 0.0}
     told: list[str] = []
     for _ in range(200):
         try:
-            counts = preprocess(options(tokenizer, inputs, tmp_path / "o", **settings), stop_after(3), told.append)
+            counts = preprocess(options(tokenizer, inputs, tmp_path / "o", **flags), stop_after(3), told.append)
             break
         except Stopped:
             assert not (tmp_path / "o_text_document.bin").exists()
@@ -180,9 +183,6 @@ def test_killed_at_random_moments(tokenizer, tmp_path, name):
     assert went_on >= 3
 
 
-FINISHING = ["os.replace", "Path.unlink", "Path.rmdir"]
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_kill_between_any_two_steps_of_the_end(tokenizer, tmp_path, monkeypatch, overwrite):
     """Stop before each rename or removal, the journal's included, one after the other."""
@@ -202,14 +202,13 @@ def test_a_kill_between_any_two_steps_of_the_end(tokenizer, tmp_path, monkeypatc
 
         return call
 
-    settings = {"json_keys": keys, "overwrite": overwrite}
     for stop_at in range(40):
         prefix = tmp_path / f"o{stop_at}"
         if overwrite:
             for key in keys:
                 for end in (".bin", ".idx"):
                     Path(f"{prefix}_{key}_document{end}").write_bytes(b"old")
-        run = options(tokenizer, [tmp_path / "a.jsonl"], prefix, **settings)
+        run = options(tokenizer, [tmp_path / "a.jsonl"], prefix, json_keys=keys, overwrite=overwrite)
         steps = 0
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", stopping(os.replace))
@@ -323,8 +322,51 @@ def test_what_was_written_after_the_journal_is_cut_off(tokenizer, tmp_path, smal
     assert output(tmp_path / "o") == output(tmp_path / "whole")
 
 
-def test_position_of_a_fresh_start():
-    assert Position() == Position(0, 0, 0)
+LINES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30).map(lambda text: lines([{"text": text}])[:-1]),
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=9).map(
+        lambda text: json.dumps({"text": [text, "", "\x00" + text]}, ensure_ascii=False).encode()
+    ),
+    st.sampled_from([
+        b"", b" \t ", b"{", b'{"text": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"\x00", b'{"other": "a"}',
+        b'{"text": ""}', b'{"text": []}', b"\xef\xbb\xbf{}", b'{"text": "' + b"rain \\n" * 2000 + b'"}',
+    ]),
+)  # fmt: skip
+
+
+def oracle(data, tokenizer):
+    """The ids of each good document, by the plainest reading of the file."""
+    result = []
+    for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        try:
+            value = json.loads(line.decode())["text"]
+            texts = value if isinstance(value, list) else [value]
+            result.append([index for text in texts for index in tokenizer.encode(text.encode().decode())])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return result
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(LINES, max_size=25), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.integers(1, 4))
+def test_any_lines_stopped_anywhere(tokenizer, tmp_path_factory, monkeypatch, rows, end, bom, last, blocks):
+    monkeypatch.setattr("megameta.data.readers.BLOCK_BYTES", 60)
+    folder = tmp_path_factory.mktemp("lines")
+    data = (b"\xef\xbb\xbf" if bom else b"") + end.join(rows) + (end if last else b"")
+    (folder / "a.jsonl").write_bytes(data)
+    expected = oracle(data, load_tokenizer(tokenizer))
+    run = options(tokenizer, [folder / "a.jsonl"], folder / "o", on_error="skip", commit_interval=0.0)
+    for _ in range(400):
+        try:
+            preprocess(run, stop_after(blocks))
+            break
+        except Stopped:
+            pass
+        except UserError as error:
+            assert "no documents" in str(error) and not expected and not (folder / "o.partial").exists()
+            return
+    dataset = IndexedDataset(folder / "o_text_document")
+    assert [dataset.document(number).tolist() for number in range(len(dataset))] == expected
 
 
 def test_hub_datasets_stream_and_go_on(tokenizer, tmp_path, small_blocks, monkeypatch):
