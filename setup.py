@@ -30,7 +30,7 @@ setup(
         "matplotlib>=3.8",
         "zstandard>=0.22",
         "pyarrow>=15",
-        "tiktoken>=0.8",
+        "tiktoken>=0.14",
         "rensa>=0.5",
         "py3langid>=0.3",
     ],

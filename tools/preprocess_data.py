@@ -6,6 +6,7 @@ import signal
 import sys
 from types import FrameType
 
+from megameta.data.hub_reader import HubDataset
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.data.preprocess_report import ProgressDisplay, summary
 from megameta.data.readers import expand_inputs, total_bytes
@@ -31,11 +32,15 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--input",
         nargs="+",
-        required=True,
+        default=[],
         metavar="FILE",
-        help=".jsonl, .json, .txt (also .gz, .zst), .parquet, a saved HuggingFace dataset, a directory of such files; "
-        "several, and globs",
+        help=".jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow, a saved HuggingFace dataset, a directory of "
+        "such files; several, and globs",
     )
+    add("--input-list", metavar="FILE", help="a file that names inputs, one a line, after those of --input")
+    add("--hf-dataset", metavar="NAME", help="in place of --input: a dataset of the HuggingFace hub, streamed")
+    add("--hf-split", default="train", metavar="SPLIT", help="its split (train)")
+    add("--hf-config", metavar="NAME", help="its configuration, where it has several")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to tokenise, a dataset each (text)")
     add(
         "--on-error", choices=("stop", "skip"), default="stop", help="at a bad document: stop, or skip and count (stop)"
@@ -51,9 +56,17 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin and .idx")
     add("--overwrite", action="store_true", help="replace output that is already there")
+    add("--restart", action="store_true", help="throw unfinished work in PREFIX.partial away instead of going on")
     add = result.add_argument_group("running").add_argument
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenise (one a core)")
     add("--log-interval", type=int, default=1000, metavar="N", help="documents between log lines (1000)")
+    add(
+        "--commit-interval",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how often work is made safe, so that the same command goes on from there after a kill (5)",
+    )
     ignored = "accepted as Megatron's; the output is in input order in any case"
     add("--partitions", type=int, default=1, metavar="N", help=ignored)
     add("--keep-sequential-samples", action="store_true", help=ignored)
@@ -76,7 +89,8 @@ def options_from(args: argparse.Namespace) -> PreprocessOptions:
         add_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
     )
     return PreprocessOptions(
-        inputs=args.input,
+        inputs=args.input + (_listed(args.input_list) if args.input_list else []),
+        hub=HubDataset(args.hf_dataset, args.hf_split, args.hf_config) if args.hf_dataset else None,
         output_prefix=args.output_prefix,
         tokenizer=choice,
         json_keys=args.json_keys,
@@ -84,11 +98,25 @@ def options_from(args: argparse.Namespace) -> PreprocessOptions:
         workers=args.workers,
         on_error=args.on_error,
         overwrite=args.overwrite,
+        restart=args.restart,
+        commit_interval=args.commit_interval,
     )
 
 
+def _listed(name: str) -> list[str]:
+    """The inputs that a file names, one a line; blank lines are skipped."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            listed = [line.rstrip("\r\n") for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input-list {name} cannot be read: {error}") from error
+    if not listed:
+        raise UserError(f"--input-list {name} names no inputs")
+    return listed
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # an exception, so that workers end and half-written files go
+    sys.exit(128 + number)  # an exception, so that workers end and the work is left in order
 
 
 def main() -> None:
@@ -96,7 +124,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     options = options_from(args)
     with ProgressDisplay(total_bytes(expand_inputs(options.inputs)), args.log_interval) as display:
-        counts = preprocess(options, display.update)
+        counts = preprocess(options, display.update, display.say)
     print(summary(options, counts))
 
 

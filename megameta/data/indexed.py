@@ -7,22 +7,18 @@ Legend: S sequences, D documents + 1.
 
 import mmap
 import os
-import shutil
-import struct
-from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from megameta.data.index_format import CODE_OF_DTYPE, MAGIC, VERSION, Ints, read_index
+from megameta.data.growing import GrowingDataset, GrowingPaths, publish
+from megameta.data.index_format import CODE_OF_DTYPE, Ints, read_index
 from megameta.errors import UserError
-
-_COPY_BYTES = 16 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -46,9 +42,9 @@ class IndexedDatasetWriter:
     """Writes a pair PREFIX.bin and PREFIX.idx; use it as a context manager.
 
     The files appear under their names only when they are whole: they grow under temporary names in the same
-    directory, and are synced and renamed, .bin first, when the block ends without an exception; otherwise the
-    temporary files are removed. An existing pair is replaced (callers refuse that where they must).
-    Memory: 4 bytes a sequence and 8 bytes a document.
+    directory (see growing.py), and are synced and renamed, .bin first, when the block ends without an exception;
+    otherwise the temporary files are removed. An existing pair is replaced (callers refuse that where they must).
+    Memory does not grow with the number of documents.
 
     Raises UserError where the directory cannot be written or a token does not fit the dtype.
     """
@@ -58,23 +54,24 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODE_OF_DTYPE or self.dtype.kind == "f":
             raise ValueError(f"{self.dtype} is not a token dtype of the .idx format")
-        self.num_tokens = 0
-        self._sizes = array("i")
-        self._document_indices = array("q", [0])
-        self._temporary = {end: f"{self.prefix}{end}.tmp-{os.getpid()}" for end in (".bin", ".idx")}
+        self._paths = GrowingPaths.beside(self.prefix, f".tmp-{os.getpid()}")
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin: IO[bytes] = open(self._temporary[".bin"], "wb")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
-            raise UserError(f"cannot write {self._temporary['.bin']}: {error.strerror}") from error
+            raise UserError(f"cannot write {self._paths.tokens}: {error.strerror}") from error
+        self._growing = GrowingDataset(self._paths, self.dtype)
 
     @property
     def num_documents(self) -> int:
-        return len(self._document_indices) - 1
+        return self._growing.lengths.documents
 
     @property
     def num_sequences(self) -> int:
-        return len(self._sizes)
+        return self._growing.lengths.sequences
+
+    @property
+    def num_tokens(self) -> int:
+        return self._growing.lengths.tokens
 
     def add_document(
         self, sequences_or_ids: Sequence[Any] | npt.NDArray[Any], lengths: Sequence[int] | None = None
@@ -111,18 +108,7 @@ class IndexedDatasetWriter:
         ``sequence_lengths``: int[S'], tokens in each sequence; ``sequences_per_document``: int[documents].
         """
         raw = ids if isinstance(ids, bytes) else self._as_tokens(ids).tobytes()
-        total = int(np.sum(sequence_lengths, dtype=np.int64))
-        if total * self.dtype.itemsize != len(raw):
-            raise ValueError(f"sequences of {total} tokens do not fill {len(raw)} bytes of {self.dtype}")
-        if int(np.sum(sequences_per_document, dtype=np.int64)) != len(sequence_lengths):
-            raise ValueError("sequences_per_document does not add up to the number of sequences")
-        self._bin.write(raw)
-        self.num_tokens += total
-        first = len(self._sizes)
-        self._sizes.extend(int(size) for size in sequence_lengths)
-        for count in sequences_per_document:
-            first += int(count)
-            self._document_indices.append(first)
+        self._growing.add(raw, sequence_lengths, sequences_per_document)
 
     def add_dataset(self, prefix: str | os.PathLike[str]) -> None:
         """Append every document of an existing dataset; its .bin is copied, not loaded."""
@@ -132,12 +118,7 @@ class IndexedDatasetWriter:
                 f"{dataset.prefix}.idx: tokens are {dataset.dtype}, {self.prefix} is written as {self.dtype}; "
                 "datasets that are joined must come from one tokenizer"
             )
-        with open(dataset.prefix + ".bin", "rb") as source:
-            shutil.copyfileobj(source, self._bin, _COPY_BYTES)
-        first = len(self._sizes)
-        self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
-        self._document_indices.frombytes((dataset.document_indices[1:] + first).astype(np.int64).tobytes())
-        self.num_tokens += dataset.num_tokens
+        self._growing.add_file(dataset.prefix + ".bin", dataset.sizes, np.diff(dataset.document_indices))
 
     def _as_tokens(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``ids`` as an array of this dtype in file byte order; a value that would wrap around is refused."""
@@ -151,34 +132,18 @@ class IndexedDatasetWriter:
                 )
         return values.astype(self.dtype.newbyteorder("<"), copy=False)
 
-    def _write_index(self) -> None:
-        sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
-        with open(self._temporary[".idx"], "wb") as file:
-            file.write(MAGIC)
-            file.write(struct.pack("<QBQQ", VERSION, CODE_OF_DTYPE[self.dtype], len(sizes), self.num_documents + 1))
-            file.write(sizes.astype("<i4", copy=False).tobytes())
-            if len(sizes):
-                file.write(struct.pack("<q", 0))
-                file.write(ends[:-1].astype("<i8", copy=False).tobytes())
-            file.write(np.frombuffer(self._document_indices, dtype=np.int64).astype("<i8", copy=False).tobytes())
-            _sync(file)
-
     def _publish(self) -> None:
-        _sync(self._bin)
-        self._bin.close()
-        self._write_index()
-        # Without its .idx a pair does not exist, so a crash between these lines never leaves a mixed pair.
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        os.replace(self._temporary[".bin"], self.prefix + ".bin")
-        os.replace(self._temporary[".idx"], self.prefix + ".idx")
-        _sync_directory(Path(self.prefix).parent)
+        self._growing.flush()
+        self._growing.sync()
+        self._growing.write_index()
+        self._growing.close()
+        publish(self._paths, self.prefix)
+        self._paths.remove()
 
     def discard(self) -> None:
         """Close and remove what has been written so far."""
-        self._bin.close()
-        for name in self._temporary.values():
-            Path(name).unlink(missing_ok=True)
+        self._growing.close()
+        self._paths.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -303,16 +268,3 @@ def merge_datasets(prefixes: Sequence[str | os.PathLike[str]], output_prefix: st
     with IndexedDatasetWriter(output_prefix, IndexedDataset(prefixes[0]).dtype) as writer:
         for prefix in prefixes:
             writer.add_dataset(prefix)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

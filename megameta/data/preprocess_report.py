@@ -5,7 +5,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from megameta.data.indexed import IndexedDataset
-from megameta.data.preprocess import Counts, PreprocessOptions
+from megameta.data.partial import Counts
+from megameta.data.preprocess import PreprocessOptions
 
 MB = 1e6
 
@@ -28,12 +29,13 @@ def duration(seconds: float) -> str:
 class ProgressDisplay:
     """Shows Counts as they grow; pass ``update`` to ``preprocess``.
 
-    ``total_input_bytes`` of the inputs on disk give the share that is done and the time left. Elsewhere than on a
-    terminal a line is printed every ``log_interval`` documents and at the end. All goes to standard error.
+    ``total_input_bytes`` of the inputs on disk give the share that is done and the time left (0: not known).
+    Elsewhere than on a terminal a line is printed every ``log_interval`` documents and at the end. All goes to
+    standard error.
     """
 
     def __init__(self, total_input_bytes: int, log_interval: int) -> None:
-        self._total = max(1, total_input_bytes)
+        self._total = total_input_bytes
         self._interval = log_interval
         self._next = log_interval
         self._last = Counts()
@@ -53,7 +55,7 @@ class ProgressDisplay:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=self._total, rates="")
+            self._task = self._bar.add_task("", total=self._total or None, rates="")
             self._bar.start()
         return self
 
@@ -67,13 +69,19 @@ class ProgressDisplay:
             self._print_line(counts)
 
     def _print_line(self, counts: Counts) -> None:
-        done = min(1.0, counts.input_bytes / self._total)
-        left = counts.seconds * (1 - done) / done if done else 0.0
-        print(
-            f"Processed {counts.documents} documents ({rates(counts)}), {done:.0%}, left {duration(left)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"Processed {counts.documents} documents ({rates(counts)})"
+        if self._total:
+            done = min(1.0, counts.input_bytes / self._total)
+            left = counts.seconds * (1 - done) / done if done else 0.0
+            text += f", {done:.0%}, left {duration(left)}"
+        print(text, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,7 +6,7 @@ blocks of about a megabyte, in a stable order, and ``parse_block`` turns a block
 =============================================  ================================================================
 .jsonl, .json, also .gz and .zst               one JSON object a line; blank lines are skipped
 .txt, also .gz and .zst                        the whole file is one document, under the key "text"
-.parquet                                       one row a document
+.parquet, .arrow (IPC file or stream)          one row a document
 a directory of ``Dataset.save_to_disk``        one row a document
 =============================================  ================================================================
 
@@ -35,6 +35,18 @@ Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place between two documents: in the file of this number (from 0), after so many lines or rows of it.
+
+    ``offset``: bytes of the decompressed file before it; 0 for tables, where the row says it all.
+    """
+
+    file: int = 0
+    items: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Block:
     """Consecutive documents of one file, not yet parsed.
 
@@ -47,6 +59,8 @@ class Block:
     items: list[Any]
     input_bytes: int
     kind: str  # "jsonl", "text" or "rows"
+    #: Where reading goes on after this block.
+    end: Position
 
 
 @dataclass(frozen=True)
@@ -73,13 +87,17 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
                 inside = sorted(os.path.join(match, name) for name in os.listdir(match))
                 found = [name for name in inside if _format(name) is not None]
                 if not found:
-                    raise UserError(f"{match}: the directory holds no .jsonl, .txt or .parquet and is no saved dataset")
+                    raise UserError(
+                        f"{match}: the directory holds no .jsonl, .txt, .parquet or .arrow and is no saved dataset"
+                    )
                 files += found
             else:
                 files.append(match)
     for name in files:
         if not os.path.isdir(name) and _format(name) is None:
-            raise UserError(f"{name}: unknown kind of file; read are .jsonl, .json, .txt (also .gz, .zst) and .parquet")
+            raise UserError(
+                f"{name}: unknown kind of file; read are .jsonl, .json, .txt (also .gz, .zst), .parquet and .arrow"
+            )
     return files
 
 
@@ -93,21 +111,30 @@ def total_bytes(files: Iterable[str]) -> int:
     )
 
 
-def read_blocks(files: Iterable[str], columns: Sequence[str] | None = None) -> Iterator[Block]:
+def read_blocks(
+    files: Iterable[str], columns: Sequence[str] | None = None, start: Position | None = None
+) -> Iterator[Block]:
     """Cut files (from ``expand_inputs``) into blocks, in order. ``columns``: the keys wanted of tables.
 
-    Raises UserError for a file that cannot be read, naming it.
+    ``start``: the ``end`` of a block of an earlier call; reading goes on there. Uncompressed files are sought in,
+    compressed ones decompressed up to it. Raises UserError for a file that cannot be read, naming it.
     """
-    for name in files:
+    start = start or Position()
+    for number, name in enumerate(files):
+        if number < start.file:
+            continue
+        at = start if number == start.file else Position(number)
         try:
             if os.path.isdir(name):
-                yield from _blocks_of_saved_dataset(name, columns)
+                yield from _blocks_of_saved_dataset(name, columns, at)
             elif _format(name) == "parquet":
-                yield from _blocks_of_parquet(name, columns)
+                yield from _blocks_of_parquet(name, columns, at)
+            elif _format(name) == "arrow":
+                yield from _blocks_of_arrow(name, columns, at)
             elif _format(name) == "text":
-                yield from _block_of_text(name)
+                yield from _block_of_text(name, at)
             else:
-                yield from _blocks_of_lines(name)
+                yield from _blocks_of_lines(name, at)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -189,7 +216,7 @@ def _format(name: str) -> str | None:
         return "jsonl"
     if stem.endswith(".txt"):
         return "text"
-    return "parquet" if name.endswith(".parquet") else None
+    return next((kind for kind in ("parquet", "arrow") if name.endswith("." + kind)), None)
 
 
 def _is_saved_dataset(directory: str) -> bool:
@@ -244,25 +271,43 @@ def _decompressed(name: str, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-def _blocks_of_lines(name: str) -> Iterator[Block]:
+def _skip(stream: IO[bytes], raw: IO[bytes], offset: int) -> None:
+    """Go on at byte ``offset`` of a stream that is at its beginning."""
+    if stream is raw:
+        raw.seek(offset)
+        return
+    while offset > 0:
+        read = len(stream.read(min(offset, BLOCK_BYTES)))
+        if not read:
+            raise EOFError("the file ends before the place where reading goes on")
+        offset -= read
+
+
+def _blocks_of_lines(name: str, at: Position) -> Iterator[Block]:
     with open(name, "rb") as raw:
         stream = _decompressed(name, raw)
-        first, seen = 1, 0
+        _skip(stream, raw, at.offset)
+        seen = raw.tell() if at.offset else 0
+        items, offset = at.items, at.offset
         while lines := stream.readlines(BLOCK_BYTES):
+            first, items = items + 1, items + len(lines)
+            offset += sum(map(len, lines))
             if first == 1:
                 lines[0] = lines[0].removeprefix(_BOM)
             position = raw.tell()
-            yield Block(name, first, lines, position - seen, "jsonl")
-            first, seen = first + len(lines), position
+            yield Block(name, first, lines, position - seen, "jsonl", Position(at.file, items, offset))
+            seen = position
 
 
-def _block_of_text(name: str) -> Iterator[Block]:
+def _block_of_text(name: str, at: Position) -> Iterator[Block]:
+    if at.items:
+        return
     with open(name, "rb") as raw:
         content = _decompressed(name, raw).read()
-        yield Block(name, 1, [content.removeprefix(_BOM)], raw.tell(), "text")
+        yield Block(name, 1, [content.removeprefix(_BOM)], raw.tell(), "text", Position(at.file, 1))
 
 
-def _blocks_of_parquet(name: str, columns: Sequence[str] | None) -> Iterator[Block]:
+def _blocks_of_parquet(name: str, columns: Sequence[str] | None, at: Position) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
@@ -271,43 +316,90 @@ def _blocks_of_parquet(name: str, columns: Sequence[str] | None) -> Iterator[Blo
             names = file.schema_arrow.names
             wanted = None if columns is None else [column for column in columns if column in names]
             per_row = os.path.getsize(name) / max(1, file.metadata.num_rows)
-            first = 1
-            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
-                try:
-                    rows = batch.to_pylist()
-                except UnicodeDecodeError as error:
-                    where = f"{name}: rows {first} to {first + batch.num_rows - 1}"
-                    raise UserError(f"{where}: invalid UTF-8 in a string column: {error.reason}") from error
-                yield from _blocks_of_rows(name, first, rows, per_row)
-                first += batch.num_rows
+            group = before = 0  # whole row groups that are done, and their rows
+            while group < file.num_row_groups:
+                rows = file.metadata.row_group(group).num_rows
+                if before + rows > at.items:
+                    break
+                group, before = group + 1, before + rows
+            groups = list(range(group, file.num_row_groups))
+            batches = file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=wanted) if groups else iter(())
+            yield from _blocks_of_batches(name, batches, before, at, per_row)
     except pyarrow.ArrowException as error:
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
-def _blocks_of_saved_dataset(name: str, columns: Sequence[str] | None) -> Iterator[Block]:
+def _blocks_of_arrow(name: str, columns: Sequence[str] | None, at: Position) -> Iterator[Block]:
+    """Arrow's IPC format: a file (Feather), or a stream as the datasets library caches it."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(name) as source:
+            try:
+                file = pyarrow.ipc.open_file(source)
+                batches: Iterator[Any] = map(file.get_batch, range(file.num_record_batches))
+                names = file.schema.names
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                stream = pyarrow.ipc.open_stream(source)
+                batches, names = iter(stream), stream.schema.names
+            if columns is not None:
+                wanted = [column for column in columns if column in names]
+                batches = (batch.select(wanted) for batch in batches)
+            yield from _blocks_of_batches(name, batches, 0, at, None)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{name}: cannot be read as Arrow: {error}") from error
+
+
+def _blocks_of_batches(
+    name: str, batches: Iterator[Any], before: int, at: Position, per_row: float | None
+) -> Iterator[Block]:
+    """Blocks of record batches of which the first begins after ``before`` rows; rows before ``at`` are left out.
+
+    ``per_row``: bytes of the file for each row; None: the bytes of the batch itself.
+    """
+    for batch in batches:
+        skip = max(0, at.items - before)
+        for first in range(skip, batch.num_rows, _ROWS):
+            part = batch.slice(first, _ROWS)
+            number = before + first + 1
+            try:
+                rows = part.to_pylist()
+            except UnicodeDecodeError as error:
+                where = f"{name}: rows {number} to {number + part.num_rows - 1}"
+                raise UserError(f"{where}: invalid UTF-8 in a string column: {error.reason}") from error
+            share = part.nbytes / part.num_rows if per_row is None else per_row
+            yield from blocks_of_rows(name, number, rows, share, Position(at.file, number - 1))
+        before += batch.num_rows
+
+
+def _blocks_of_saved_dataset(name: str, columns: Sequence[str] | None, at: Position) -> Iterator[Block]:
     import datasets
 
     loaded = datasets.load_from_disk(name)
     splits = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]
     all_rows = sum(len(split) for _, split in splits)
     per_row = total_bytes([name]) / max(1, all_rows)
+    before = 0  # rows of the splits that are done
     for split_name, split in splits:
         label = os.path.join(name, split_name) if split_name else name
         if columns is not None:
             split = split.select_columns([column for column in columns if column in split.column_names])
-        for start in range(0, len(split), _ROWS):
+        for start in range(max(0, at.items - before), len(split), _ROWS):
             batch = split[start : start + _ROWS]
             count = min(_ROWS, len(split) - start)
             rows = [{key: values[i] for key, values in batch.items()} for i in range(count)]
-            yield from _blocks_of_rows(label, start + 1, rows, per_row)
+            yield from blocks_of_rows(label, start + 1, rows, per_row, Position(at.file, before + start))
+        before += len(split)
 
 
-def _blocks_of_rows(file: str, first: int, rows: list[Document], per_row: float) -> Iterator[Block]:
-    """Cut rows into blocks of about BLOCK_BYTES by the length of their strings."""
+def blocks_of_rows(file: str, first: int, rows: list[Document], per_row: float, at: Position) -> Iterator[Block]:
+    """Cut rows, which begin at ``at``, into blocks of about BLOCK_BYTES by the length of their strings."""
     start, size = 0, 0
     for index, row in enumerate(rows):
         size += sum(len(value) for value in row.values() if isinstance(value, str))
         if size >= BLOCK_BYTES or index == len(rows) - 1:
             part = rows[start : index + 1]
-            yield Block(file, first + start, part, round(per_row * len(part)), "rows")
+            end = Position(at.file, at.items + index + 1)
+            yield Block(file, first + start, part, round(per_row * len(part)), "rows", end)
             start, size = index + 1, 0

@@ -1,5 +1,6 @@
 """Sentencepiece models behind the Tokenizer interface, and their form for transformers."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), out_type=int, num_threads=1)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._model.serialized_model_proto() + self.flavour.encode()).hexdigest()
 
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)

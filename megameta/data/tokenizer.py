@@ -8,17 +8,21 @@ plain text, so corpora never hold a meta-token or a false document end. ``encode
 files: it turns those two strings into their ids.
 """
 
+import hashlib
 import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megameta.data.fast_bpe import FastBPE, FlatIds, is_gpt2
 from megameta.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +59,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, faster than one by one."""
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """``encode_batch`` as arrays, for corpora: the ids of all texts one after the other, int[sum], and how many
+        each text has, int64[len(texts)]."""
+        encoded = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        return np.fromiter(chain.from_iterable(encoded), dtype=np.uint32, count=int(lengths.sum())), lengths
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of all that decides about ids: equal digests give equal ids."""
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: ``<|meta|>`` becomes the meta-token and ``<|endoftext|>`` its id where the vocabulary
@@ -136,7 +151,26 @@ class FastTokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
 
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        """tiktoken with the same ids, for GPT-2's own vocabulary."""
+        return FastBPE.of(self._backend, self._encode_exactly) if is_gpt2(self._backend) else None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._fast is None:
+            return self._encode_exactly(texts)
+        ids, lengths = self._fast.encode_flat(texts)
+        ends = np.cumsum(lengths)
+        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        return super().encode_flat(texts) if self._fast is None else self._fast.encode_flat(texts)
+
+    def digest(self) -> str:
+        text = f"{self._backend.to_str()} {self.eod_id} {self.base_vocab_size} {self.add_special_tokens}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=self.add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
