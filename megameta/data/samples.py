@@ -24,6 +24,8 @@ from megameta.errors import UserError
 Ints = npt.NDArray[np.int64]
 #: Documents of a sample from which on they are gathered in one go; below, one by one is faster.
 _MANY = 6
+#: Tokens from which on a document of several is fetched ahead of the others: less lies in a page or two.
+_PAGE = 2048
 #: Orders of epochs that are kept: a batch may lie on both sides of an epoch's end.
 _EPOCHS = 2
 
@@ -53,6 +55,11 @@ class Corpus:
         names = [part.prefix for part in self.parts]
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
+    def expect_random_access(self) -> None:
+        """Say that reads will come in no order."""
+        for part in self.parts:
+            part.expect_random_access()
+
     def tokens(self, document: int, start: int, count: int) -> Ints:
         """``count`` tokens of a document from its token ``start``: int64 (count,)."""
         part = int(np.searchsorted(self._first_document, document, side="right")) - 1
@@ -65,6 +72,8 @@ class Corpus:
         if len(self.parts) == 1:
             dataset = self.parts[0]
             first = dataset.document_starts[documents + self._skipped[0]] + starts
+            for place, count in zip(first[counts > _PAGE].tolist(), counts[counts > _PAGE].tolist(), strict=True):
+                dataset.fetch(place, count)
             return dataset.take(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
         pieces = [self.tokens(int(d), int(s), int(c)) for d, s, c in zip(documents, starts, counts, strict=True) if c]
         return np.concatenate(pieces)
@@ -130,6 +139,8 @@ class SampleIndex:
         self.corpus = corpus
         self.text_per_sample = text_per_sample
         self.seed = seed
+        if seed is not None:
+            corpus.expect_random_access()
         self.samples_per_epoch = max(0, corpus.num_tokens - 1) // text_per_sample
         if self.samples_per_epoch == 0:
             raise UserError(
@@ -194,6 +205,8 @@ class DocumentSamples:
         self.corpus = corpus
         self.text_per_sample = text_per_sample
         self.seed = seed
+        if seed is not None:
+            corpus.expect_random_access()
         pieces = -(-np.maximum(corpus.document_lengths - 1, 0) // text_per_sample)
         self._ends = np.cumsum(pieces)
         self.samples_per_epoch = int(self._ends[-1]) if len(self._ends) else 0

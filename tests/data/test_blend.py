@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megameta.data import blend as module
 from megameta.data.blend import MAX_SOURCES, BlendedSamples, blend, normalized, weights_by_tokens
 from megameta.data.samples import Text
 from megameta.errors import UserError
@@ -50,6 +51,17 @@ def test_megatrons_rule(weights, count):
     mixture = BlendedSamples({str(n): Counted(n, 10) for n in range(len(weights))}, weights, count)
     found = [tuple(mixture.text(index).token_L.tolist()) for index in range(count)]
     assert found == megatron_rule(weights, count)
+
+
+@pytest.mark.parametrize("guess", [None, lambda weights, places: np.zeros((len(places), len(weights)))])
+@pytest.mark.parametrize("weights", [[4, 3, 2, 1], [1, 1, 1], [1, 1e-3, 1e-5, 0.3], [5], list(range(1, 60))])
+def test_chunks_side_by_side(monkeypatch, weights, guess):
+    """A long blend is made in chunks from guessed counts; wrong guesses cost time alone."""
+    monkeypatch.setattr(module, "_CHUNKS", 8)
+    if guess is not None:
+        monkeypatch.setattr(module, "_near_shares", guess)
+    found = blend(normalized(weights), 5003)
+    assert found.tolist() == [source for source, _ in megatron_rule(weights, 5003)]
 
 
 def test_equal_weights_take_turns():
