@@ -440,5 +440,13 @@ def config_schema() -> dict[str, Any]:
     """JSON schema of a configuration file, for editors (yaml-language-server)."""
     schema = RunConfig.model_json_schema()
     schema["title"] = "megameta run configuration"
+    # The short forms of data.train and data.valid are written out before the model sees them: it does not know them.
+    prefix, prefixes = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+    source = {"anyOf": [{"$ref": "#/$defs/Source"}, {"type": ["number", "null"]}, prefix, prefixes]}
+    weighted = {"type": "array", "items": {"type": ["number", "string"]}}
+    data = schema["$defs"]["DataSection"]["properties"]
+    for key, several, each in (("train", weighted, source), ("valid", prefixes, {"anyOf": [prefix, prefixes]})):
+        told = {name: data[key][name] for name in ("title", "description", "default")}
+        data[key] = {**told, "anyOf": [prefix, several, {"type": "object", "additionalProperties": each}]}
     schema["properties"]["base"] = {"type": "string", "description": "Start from this file (relative to this one)."}
     return schema

@@ -169,6 +169,51 @@ def test_values_do_not_change():
         RunConfig().run.seed = 5
 
 
+def fits(value, schema, definitions):
+    """Whether a value is of a JSON schema: as much of one as ours says."""
+    if "anyOf" in schema:
+        return any(fits(value, part, definitions) for part in schema["anyOf"])
+    if "$ref" in schema:
+        return fits(value, definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    kinds = {"string": str, "array": list, "object": dict, "number": (int, float), "null": type(None)}
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not any(isinstance(value, kinds[kind]) for kind in types):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema["items"], definitions) for item in value)
+    if isinstance(value, dict):
+        known, rest = schema.get("properties", {}), schema.get("additionalProperties", False)
+        parts = [known.get(name, rest) for name in value]
+        return all(part and fits(item, part, definitions) for part, item in zip(parts, value.values(), strict=True))
+    return True
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "good"),
+    [
+        ("train", "a", True),
+        ("train", ["a", "b"], True),
+        ("train", [0.3, "a", 0.7, "b"], True),
+        ("train", {"a": 1, "b": 2.5, "c": None}, True),
+        ("train", {"x": {"prefixes": ["a"], "weight": 2}, "y": "b", "z": ["c", "d"]}, True),
+        ("train", {"x": {"prefixes": ["a"], "weigth": 2}}, False),
+        ("train", {"x": {"a": 1}}, False),
+        ("train", 3, False),
+        ("valid", "a", True),
+        ("valid", {"x": "a", "y": ["b"]}, True),
+        ("valid", {"x": 1}, False),
+    ],
+)
+def test_editors_know_the_short_forms(key, value, good):
+    definitions = config_schema()["$defs"]
+    assert fits(value, definitions["DataSection"]["properties"][key], definitions) == good
+    if good:
+        build_config({"data": {key: value}})
+    else:
+        with pytest.raises(UserError):
+            build_config({"data": {key: value}})
+
+
 def test_the_schema_describes_every_key():
     schema = config_schema()
     assert schema["additionalProperties"] is False and "base" in schema["properties"]
