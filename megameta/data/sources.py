@@ -35,6 +35,12 @@ class TrainingData:
     samples: Samples
     reports: list[SourceReport]
 
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """How often each source was read through after ``num_samples``, by its name ("data" where there is one)."""
+        if isinstance(self.samples, BlendedSamples):
+            return self.samples.epochs(num_samples)
+        return {"data": num_samples / self.samples.samples_per_epoch}
+
 
 def split_shares(data: DataSection) -> dict[str, tuple[float, float]]:
     """(begin, end) of each dataset's documents for "train", "valid" and "test"; empty parts are left out."""

@@ -52,7 +52,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self._lock = self._open_directory()
         checkpoint = self._find_checkpoint()
-        data = training_data(config)
+        self._data = data = training_data(config)
         dataset = Dataset(
             data.samples,
             SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
@@ -232,6 +232,8 @@ class Trainer:
         }
         if not result.applied:
             record["skipped"] = True
+        if step % config.log.interval == 0 or step == config.train.num_steps:
+            record["epochs"] = self._data.epochs(following * config.train.global_batch_size)
         self._record_step(record, slots)
 
     def _record_step(self, record: dict[str, Any], slots: int) -> None:
@@ -239,7 +241,8 @@ class Trainer:
         if self.metrics:
             self.metrics.write(record)
         if self.tensorboard and (step % self.config.log.interval == 0 or step == num_steps):
-            series = {f"train/{k}": v for k, v in record.items() if k not in ("step", "batch", "skipped")}
+            series = {f"train/{k}": v for k, v in record.items() if k not in ("step", "batch", "skipped", "epochs")}
+            series |= {f"epochs/{name}": count for name, count in record["epochs"].items()}
             self.tensorboard.write(step, series)
         if self.display:
             typical = statistics.median(self._durations)

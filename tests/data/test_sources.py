@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megameta.config import build_config
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
-from megameta.data.indexed import IndexedDatasetWriter
+from megameta.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
 from megameta.data.sources import held_out_samples, split_shares, training_data
 from megameta.errors import UserError
@@ -83,10 +83,28 @@ def test_a_mixture_takes_its_shares(tmp_path):
     from_a = [data.samples.text(index).token_L.max() < 1000 for index in range(40)]
     assert sum(from_a) == 30 and [report.samples for report in data.reports] == [30, 10]
     assert data.reports[0].epochs == 30 / (99 // 8) and data.reports[0].share == 0.75
+    assert data.epochs(20) == {a: 15 / (99 // 8), b: 5 / (599 // 8)}
+    assert training_data(config_of(tmp_path, train=[a])).epochs(6) == {"data": 0.5}
     by_tokens = training_data(config_of(tmp_path, train={a: None, b: None}))
     assert [report.share for report in by_tokens.reports] == [1 / 7, 6 / 7]
     flatter = training_data(config_of(tmp_path, train={a: None, b: None}, temperature=2.0))
     assert flatter.reports[1].share / flatter.reports[0].share == pytest.approx(6**0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_announcing_random_access_changes_no_token(tmp_path, dtype):
+    """Ranges of less and more than a page, at the file's begin, end and off the pages' bounds; an empty file."""
+    tokens = np.arange(30_000).astype(dtype)
+    with IndexedDatasetWriter(tmp_path / "a", dtype) as writer:
+        writer.add_document(tokens)
+    with IndexedDatasetWriter(tmp_path / "empty", dtype) as writer:
+        writer.add_document([])
+    dataset, empty = IndexedDataset(tmp_path / "a"), IndexedDataset(tmp_path / "empty")
+    dataset.expect_random_access()
+    empty.expect_random_access()
+    for start, count in ((0, 1), (0, 30_000), (2047, 2049), (4095, 9000), (29_999, 1), (17_001, 12_999), (30_000, 0)):
+        assert dataset.tokens(start, count).tolist() == list(range(start, start + count))
+    assert empty.tokens(0, 0).tolist() == []
 
 
 def test_a_source_without_tokens(tmp_path):
