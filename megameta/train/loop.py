@@ -219,7 +219,7 @@ class Trainer:
         )
         seconds = time.perf_counter() - start
         self._durations.append(seconds)
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
