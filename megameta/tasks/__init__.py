@@ -1,0 +1,1 @@
+"""The paper's four synthetic tasks: generators, checkers, datasets (spec §5)."""
