@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
     generate.set_defaults(run=_generate)
+    _add_tasks(commands)
     _add_plan(commands)
     config = commands.add_parser("config", help="show, check or describe a configuration")
     parts = config.add_subparsers(dest="part", required=True, metavar="PART")
@@ -64,6 +65,32 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_tasks(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tasks = commands.add_parser("tasks", help="make the paper's four tasks, or show examples of them")
+    parts = tasks.add_subparsers(dest="part", required=True, metavar="PART")
+    generate = parts.add_parser(
+        "generate",
+        help="make datasets of the tasks",
+        description="Write DIR/TASK/train.jsonl and test.jsonl, a dataset card (datasets.load_dataset(DIR, TASK)) and"
+        " lm-eval task files. The same seed and tokenizer give the same bytes.",
+    )
+    add = generate.add_argument
+    add("--tokenizer", required=True, metavar="PATH", help="lengths are in its tokens")
+    add("--output", required=True, metavar="DIR")
+    add("--tasks", nargs="+", default=None, metavar="TASK", help="(all: list_recall segment_counting parity copying)")
+    add("--bins", nargs="+", type=int, default=None, metavar="N", help="length bins (128 256 512 1024 2048)")
+    add("--difficulties", nargs="+", default=None, metavar="LEVEL", help="(easy medium hard extra-hard long)")
+    add("--train", type=int, default=None, metavar="N", help="examples of each task (90000)")
+    add("--test", type=int, default=None, metavar="N", help="examples of each task (10000)")
+    add("--seed", type=int, default=None)
+    add("--overwrite", action="store_true", help="replace a directory that is there")
+    generate.set_defaults(run=_tasks_generate)
+    show = parts.add_parser("show", help="print examples, as models with and without meta-tokens read them")
+    show.add_argument("file", metavar="FILE", help="a .jsonl of tasks generate")
+    show.add_argument("--count", type=int, default=3, metavar="N")
+    show.set_defaults(run=_tasks_show)
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -134,6 +161,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         num_samples=arguments.num_samples,
     )
+
+
+def _tasks_generate(arguments: argparse.Namespace) -> int:
+    from megameta.commands.tasks import generate_tasks
+
+    given = {key: value for key, value in vars(arguments).items() if value is not None}
+    return generate_tasks({key: value for key, value in given.items() if key not in ("command", "part", "run")})
+
+
+def _tasks_show(arguments: argparse.Namespace) -> int:
+    from megameta.commands.tasks import show_tasks
+
+    return show_tasks(arguments.file, arguments.count)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

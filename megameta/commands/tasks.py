@@ -1,0 +1,64 @@
+"""``megameta tasks``: make the four tasks' datasets, and look at them."""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megameta.tasks.examples import read_examples, render
+from megameta.tasks.generate import Summary, TaskOptions, generate
+
+_INTERVAL = 5.0
+
+
+class _Progress:
+    """A line every few seconds with what is left of a task."""
+
+    def __init__(self) -> None:
+        self._task = ""
+        self._began = self._next = 0.0
+
+    def __call__(self, task: str, made: int, total: int) -> None:
+        now = time.monotonic()
+        if task != self._task:
+            self._task, self._began, self._next = task, now, now + _INTERVAL
+        if now >= self._next or made == total:
+            self._next = now + _INTERVAL
+            rate = made / max(now - self._began, 1e-9)
+            left = f", left {(total - made) / rate:,.0f} s" if made < total else ""
+            print(f"{task}: {made:,} of {total:,} examples, {rate:,.0f}/s{left}", file=sys.stderr, flush=True)
+
+
+def generate_tasks(given: dict[str, Any]) -> int:
+    """Make the datasets that the command line asks for, and print what they hold."""
+    options = TaskOptions(**given)
+    summaries = generate(options, _Progress())
+    console = Console()
+    table = Table(title=options.output)
+    for column in ("task", "train", "test", "cells (bin × difficulty)", "cells that nothing fits", "drawn again"):
+        table.add_column(column, justify="left" if column in ("task", "cells that nothing fits") else "right")
+    for summary in summaries:
+        table.add_row(*_row(summary))
+    console.print(table)
+    first = summaries[0].task
+    print(f"Next: megameta tasks show {Path(options.output) / first / 'test.jsonl'}")
+    return 0
+
+
+def _row(summary: Summary) -> tuple[str, ...]:
+    counts = (f"{summary.train:,}", f"{summary.test:,}", str(len(summary.cells)))
+    return summary.task, *counts, ", ".join(summary.impossible) or "–", f"{summary.redrawn:,}"
+
+
+def show_tasks(file: str, count: int) -> int:
+    """Print the first examples of a file."""
+    for example in itertools.islice(read_examples(Path(file)), count):
+        print(f"--- {example.task}, {example.difficulty}, at most {example.bin} tokens")
+        print(render(example, markers=True), example.answer)
+        print("--- without meta-tokens")
+        print(render(example, markers=False), example.answer)
+    return 0
