@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
     generate.set_defaults(run=_generate)
+    _add_tokenizer(commands)
     _add_tasks(commands)
     _add_plan(commands)
     config = commands.add_parser("config", help="show, check or describe a configuration")
@@ -65,6 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tokenizer = commands.add_parser("tokenizer", help="show how a tokenizer cuts a text")
+    parts = tokenizer.add_subparsers(dest="part", required=True, metavar="PART")
+    show = parts.add_parser("show", help="print the tokens of a text: id, place, bytes")
+    show.add_argument("text", metavar="TEXT", nargs="?", help="the text, or --file")
+    show.add_argument("--tokenizer", required=True, metavar="PATH", help="directory, tokenizer.json or .model")
+    show.add_argument("--file", metavar="FILE", help="a text file; -: standard input")
+    show.add_argument("--prompt", action="store_true", help="take <|meta|> and <|endoftext|> for special tokens")
+    show.add_argument("--limit", type=int, default=200, metavar="N", help="tokens to list (200; 0: all)")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    show.set_defaults(run=_tokenizer_show)
 
 
 def _add_tasks(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -161,6 +175,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         num_samples=arguments.num_samples,
     )
+
+
+def _tokenizer_show(arguments: argparse.Namespace) -> int:
+    from megameta.commands.tokenizer import show
+
+    options = {"as_prompt": arguments.prompt, "as_json": arguments.json, "limit": arguments.limit}
+    return show(arguments.tokenizer, arguments.text, arguments.file, **options)
 
 
 def _tasks_generate(arguments: argparse.Namespace) -> int:

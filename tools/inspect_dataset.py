@@ -1,6 +1,8 @@
 """Show what is in an indexed dataset (PREFIX.bin, PREFIX.idx); --verify reads all of it."""
 
 import argparse
+import sys
+import time
 
 from megameta.data.indexed import IndexedDataset
 from megameta.data.inspect_dataset import describe, first_documents, location_of, verify
@@ -13,6 +15,23 @@ example:
 """
 
 
+class Progress:
+    """A line every few seconds, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._began = time.monotonic()
+        self._next = self._began + 5.0
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 5.0
+            rate = done / (now - self._began)
+            left = (self._total - done) / rate
+            print(f"read {done:,} of {self._total:,} tokens, left {left:,.0f} s", file=sys.stderr, flush=True)
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -20,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("prefix", metavar="PREFIX", help="the dataset, with or without .bin or .idx")
     add("--tokenizer", metavar="PATH", help="decode with it, and check ids against its vocabulary")
+    add("--vocab-size", type=int, metavar="N", help="check ids against this many, where there is no --tokenizer")
     add("--documents", type=int, default=3, metavar="N", help="documents to show (3)")
     add("--verify", action="store_true", help="read every token; ids beyond the vocabulary are an error")
     return result
@@ -34,12 +54,12 @@ def main() -> None:
         print(line)
     if not args.verify:
         return
-    vocab_size, eod = (None, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.eod_id)
-    found = verify(dataset, vocab_size, eod)
+    vocab_size, eod = (args.vocab_size, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.eod_id)
+    found = verify(dataset, vocab_size, eod, Progress(dataset.num_tokens))
     print(f"read {found.num_tokens:,} tokens: ids {found.smallest} to {found.largest}")
-    if tokenizer is None:
-        print("no --tokenizer, so ids are checked to be 0 or more only")
-    else:
+    if vocab_size is None:
+        print("neither --tokenizer nor --vocab-size, so ids are checked to be 0 or more only")
+    elif tokenizer is not None:
         print(f"{found.document_ends:,} document-end tokens in {dataset.num_documents:,} documents")
     if found.first_bad is not None:
         limit = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"

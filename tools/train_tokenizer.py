@@ -38,9 +38,10 @@ def parser() -> argparse.ArgumentParser:
     add("--type", required=True, choices=("bpe", "sentencepiece"), help="byte-level BPE as GPT-2's, or sentencepiece")
     add("--vocab-size", type=int, required=True, metavar="N", help="ids in all, special tokens included")
     add("--json-key", default="text", metavar="KEY", help="key of the text (text)")
-    add("--sample-bytes", type=int, metavar="N", help="train on the first N bytes of text (all)")
+    add("--sample-bytes", type=int, metavar="N", help="train on N bytes of text, drawn from all inputs alike (all)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help="for sentencepiece (bpe)")
-    add("--overwrite", action="store_true", help="write into a directory that is not empty")
+    add("--overwrite", action="store_true", help="replace a directory that is not empty")
     return result
 
 
@@ -55,6 +56,7 @@ def main() -> None:
         args.vocab_size,
         key=args.json_key,
         sample_bytes=args.sample_bytes,
+        seed=args.seed,
         model_type=args.model_type,
         overwrite=args.overwrite,
         on_progress=Progress(),
@@ -65,9 +67,11 @@ def main() -> None:
         f"{args.output}: {tokenizer.vocab_size:,} ids, document end {tokenizer.eod_id}, meta {tokenizer.meta_token_id}"
     )
     print(
-        f"round trip: {checked['exact']:,} of {checked['documents']:,} documents exact, "
+        f"round trip: {checked['exact']:,} of {checked['documents']:,} pieces of the corpus exact, "
         f"{checked['bytes'] / max(1, checked['tokens']):.3f} bytes of text per token"
     )
+    if checked["first_changed"] is not None:
+        print(f"the first that is not: {checked['first_changed'][:60]!r} …")
     command = f"python tools/preprocess_data.py --input {' '.join(args.input)} --output-prefix PREFIX"
     print(f"Next:\n  {command} --tokenizer {args.output} --append-eod")
 

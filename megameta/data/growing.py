@@ -11,7 +11,7 @@ that work can go on from the last lengths that are known to be on disk.
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -94,10 +94,13 @@ class GrowingDataset:
         self._files[0].write(raw)
         self._add_index(sizes, counts)
 
-    def add_file(self, name: str, sizes: npt.NDArray[Any], sequences_per_document: npt.NDArray[Any]) -> None:
-        """Append the documents of a .bin, which is copied without being loaded."""
-        with open(name, "rb") as source:
-            shutil.copyfileobj(source, self._files[0], COPY_BYTES)
+    def add_chunks(
+        self, chunks: Iterable[bytes], sizes: npt.NDArray[Any], sequences_per_document: npt.NDArray[Any]
+    ) -> None:
+        """``add`` of more tokens than fit in memory, in pieces that need not end with a sequence."""
+        written = sum(self._files[0].write(chunk) for chunk in chunks)
+        if written != int(sizes.sum(dtype=np.int64)) * self.dtype.itemsize:
+            raise ValueError(f"{written} bytes of tokens were given, the sequences have another number")
         self._add_index(sizes.astype(np.int64), np.asarray(sequences_per_document, dtype=np.int64))
 
     def _add_index(self, sizes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:

@@ -7,7 +7,7 @@ Legend: S sequences, D documents + 1.
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,9 @@ import numpy.typing as npt
 from megameta.data.growing import GrowingDataset, GrowingPaths, publish
 from megameta.data.index_format import CODE_OF_DTYPE, Ints, read_index
 from megameta.errors import UserError
+
+#: Tokens that are copied at a time.
+COPY_TOKENS = 1 << 23
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -110,24 +113,42 @@ class IndexedDatasetWriter:
         raw = ids if isinstance(ids, bytes) else self._as_tokens(ids).tobytes()
         self._growing.add(raw, sequence_lengths, sequences_per_document)
 
-    def add_dataset(self, prefix: str | os.PathLike[str]) -> None:
-        """Append every document of an existing dataset; its .bin is copied, not loaded."""
+    def add_dataset(
+        self,
+        prefix: str | os.PathLike[str],
+        convert: bool = False,
+        on_progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Append every document of an existing dataset, a piece of its .bin at a time.
+
+        ``convert``: take other dtypes too, where every id fits this one. ``on_progress`` gets the tokens of each piece.
+        """
         dataset = IndexedDataset(prefix)
-        if dataset.dtype != self.dtype:
+        if dataset.dtype != self.dtype and not convert:
             raise UserError(
                 f"{dataset.prefix}.idx: tokens are {dataset.dtype}, {self.prefix} is written as {self.dtype}; "
-                "datasets that are joined must come from one tokenizer"
+                "datasets that are joined must come from one tokenizer (a dtype can be chosen: --dtype)"
             )
-        self._growing.add_file(dataset.prefix + ".bin", dataset.sizes, np.diff(dataset.document_indices))
 
-    def _as_tokens(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``ids`` as an array of this dtype in file byte order; a value that would wrap around is refused."""
+        def chunks() -> Iterator[bytes]:
+            for start in range(0, dataset.num_tokens, COPY_TOKENS):
+                tokens = dataset.stored(start, min(COPY_TOKENS, dataset.num_tokens - start))
+                on_progress(len(tokens))
+                yield self._as_tokens(tokens, f"{dataset.prefix}.bin, tokens {start:,} on").tobytes()
+
+        self._growing.add_chunks(chunks(), dataset.sizes, np.diff(dataset.document_indices))
+
+    def _as_tokens(self, ids: Sequence[int] | npt.NDArray[Any], what: str = "") -> npt.NDArray[Any]:
+        """``ids`` as an array of this dtype in file byte order; a value that would wrap around is refused.
+
+        ``what``: where they come from, for the message."""
         values = np.asarray(ids)
         if values.dtype != self.dtype and values.size:
             limits = np.iinfo(self.dtype)
             if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+                where = what or f"{self.prefix}.bin"
                 raise UserError(
-                    f"{self.prefix}.bin: ids from {values.min()} to {values.max()} do not fit {self.dtype}; "
+                    f"{where}: ids from {values.min()} to {values.max()} do not fit {self.dtype}; "
                     "the dataset was opened for a smaller vocabulary"
                 )
         return values.astype(self.dtype.newbyteorder("<"), copy=False)
@@ -257,6 +278,10 @@ class IndexedDataset:
         self.fetch(start_token, count)
         return self._tokens[start_token : start_token + count].astype(np.int64)
 
+    def stored(self, start_token: int, count: int) -> npt.NDArray[Any]:
+        """Consecutive tokens as they are stored: [count], of ``dtype``, no copy."""
+        return self._tokens[start_token : start_token + count]
+
     def take(self, places: Ints) -> Ints:
         """Tokens at many places of .bin, counted in tokens: int64[len(places)]."""
         return self._tokens[places].astype(np.int64)
@@ -275,13 +300,21 @@ class IndexedDataset:
         return (IndexedDataset, (self.prefix,))
 
 
-def merge_datasets(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str | os.PathLike[str]) -> None:
+def merge_datasets(
+    prefixes: Sequence[str | os.PathLike[str]],
+    output_prefix: str | os.PathLike[str],
+    dtype: npt.DTypeLike | None = None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
     """Join datasets in the given order into a new one, without loading any .bin into memory.
 
-    The bytes are those of a single writer that was given all documents. Raises UserError where dtypes differ.
+    The bytes are those of a single writer that was given all documents. ``dtype`` of the new one, to which tokens are
+    converted where they fit; None: that of all of them, UserError where they differ. ``on_progress`` gets the tokens of
+    each piece.
     """
     if not prefixes:
         raise ValueError("nothing to merge")
-    with IndexedDatasetWriter(output_prefix, IndexedDataset(prefixes[0]).dtype) as writer:
+    chosen = IndexedDataset(prefixes[0]).dtype if dtype is None else dtype
+    with IndexedDatasetWriter(output_prefix, chosen) as writer:
         for prefix in prefixes:
-            writer.add_dataset(prefix)
+            writer.add_dataset(prefix, convert=dtype is not None, on_progress=on_progress)

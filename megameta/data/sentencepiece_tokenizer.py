@@ -14,7 +14,7 @@ from megameta.data.tokenizer import (
     StrPath,
     Tokenizer,
     _make_directory,
-    piece_bytes,
+    spelled_piece,
     write_transformers_config,
 )
 from megameta.errors import UserError
@@ -105,6 +105,13 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)
 
+    def spelling(self, index: int) -> bytes:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"id {index} of {self.vocab_size}")
+        if index in self._added:
+            return self._added[index].encode()
+        return spelled_piece(self._model.id_to_piece(index))
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         parts: list[str] = []
         run: list[int] = []
@@ -120,7 +127,7 @@ class SentencePieceTokenizer(Tokenizer):
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for index in range(len(self._model)):
             silent = self._model.is_control(index) or self._model.is_unknown(index) or self._model.is_unused(index)
-            lengths[index] = 0 if silent else piece_bytes(self._model.id_to_piece(index))
+            lengths[index] = 0 if silent else len(spelled_piece(self._model.id_to_piece(index)))
         lengths[[self.eod_id, self.meta_token_id]] = 0
         return lengths
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megameta.data.fast_bpe import FastBPE, FlatIds, is_gpt2
+from megameta.data.fast_bpe import FastBPE, FlatIds, byte_of_character, is_gpt2
 from megameta.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of the vocabulary entry spelled ``token``, or None."""
+
+    @abstractmethod
+    def spelling(self, index: int) -> bytes:
+        """What one id stands for in a text, as bytes: those of a text's ids, joined, are the text where the tokenizer
+        is byte-level, and with the spaces that sentencepiece adds otherwise. A special token is its name."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
@@ -177,15 +182,29 @@ class FastTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
+    @cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
+
+    def spelling(self, index: int) -> bytes:
+        token = self._backend.id_to_token(index)
+        if token is None:
+            raise ValueError(f"id {index} of {self.vocab_size}")
+        if index in self._backend.get_added_tokens_decoder():
+            return token.encode()
+        if self._byte_level:
+            bytes_of = byte_of_character()
+            return bytes(bytes_of[character] for character in token)
+        return spelled_piece(token)
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             # Byte-level BPE spells every byte as one character, so a token's bytes are its characters.
-            lengths[index] = len(token) if byte_level else piece_bytes(token)
+            lengths[index] = len(token) if self._byte_level else len(spelled_piece(token))
         for index, added in self._backend.get_added_tokens_decoder().items():
             lengths[index] = 0 if added.special else len(added.content.encode())
         lengths[self.eod_id] = 0
@@ -199,9 +218,10 @@ class FastTokenizer(Tokenizer):
         write_transformers_config(target, self.eod_token, info, kept)
 
 
-def piece_bytes(piece: str) -> int:
+def spelled_piece(piece: str) -> bytes:
     """UTF-8 bytes of a sentencepiece-style piece: U+2581 is a space, <0xNN> one byte."""
-    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
+    single = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(single[1]) if single else piece.replace("\u2581", " ").encode()
 
 
 def write_transformers_config(directory: Path, eos: str, info: dict[str, Any], kept: dict[str, Any]) -> None:

@@ -1,15 +1,16 @@
 """Training tokenizers on a sample of a corpus: byte-level BPE and sentencepiece.
 
-Training is deterministic: the same text in the same order gives the same files.
+Training is deterministic: the same inputs and seed give the same files.
 """
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megameta.data.readers import document_texts, iterate_documents
+from megameta.data.text_sample import TextSample
 from megameta.data.tokenizer import (
     END_OF_TEXT,
     META_TOKEN,
@@ -22,30 +23,6 @@ from megameta.errors import UserError
 
 #: Sentencepiece trains on sentences; longer pieces of a document are cut at this many characters.
 _SENTENCE_CHARS = 4000
-ROUND_TRIP_DOCUMENTS = 200
-
-
-def sample_texts(
-    inputs: Sequence[str],
-    key: str = "text",
-    sample_bytes: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda documents, size: None,
-) -> Iterator[str]:
-    """Texts of the corpus in order until ``sample_bytes`` of UTF-8 are reached (None: all of it).
-
-    Raises UserError for a bad document, naming file and line. ``on_progress`` gets (documents, bytes) so far.
-    """
-    size = 0
-    for number, (location, document) in enumerate(iterate_documents(inputs, [key]), start=1):
-        texts = document_texts(location, document, key)
-        if not isinstance(texts, list):
-            raise UserError(f"{texts.location}: {texts.reason}")
-        for text in texts:
-            size += len(text.encode())
-            yield text
-        on_progress(number, size)
-        if sample_bytes is not None and size >= sample_bytes:
-            return
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, directory: StrPath, show_progress: bool = False) -> None:
@@ -117,15 +94,18 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
                 yield line[start : start + _SENTENCE_CHARS]
 
 
-def check_round_trip(tokenizer: Tokenizer, texts: Iterator[str]) -> dict[str, Any]:
-    """Encode and decode up to ROUND_TRIP_DOCUMENTS texts: counts of documents, exact ones, bytes and tokens."""
-    result = {"documents": 0, "exact": 0, "bytes": 0, "tokens": 0}
-    for text, _ in zip(texts, range(ROUND_TRIP_DOCUMENTS), strict=False):
+def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
+    """Encode and decode texts: counts of documents, exact ones, bytes and tokens, and the first text that changed."""
+    result: dict[str, Any] = {"documents": 0, "exact": 0, "bytes": 0, "tokens": 0, "first_changed": None}
+    for text in texts:
         ids = tokenizer.encode(text)
+        exact = tokenizer.decode(ids) == text
         result["documents"] += 1
-        result["exact"] += tokenizer.decode(ids) == text
+        result["exact"] += exact
         result["bytes"] += len(text.encode())
         result["tokens"] += len(ids)
+        if not exact and result["first_changed"] is None:
+            result["first_changed"] = text
     return result
 
 
@@ -137,23 +117,36 @@ def train_tokenizer(
     *,
     key: str = "text",
     sample_bytes: int | None = None,
+    seed: int = 0,
     model_type: str = "bpe",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda documents, size: None,
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """Train, save to the directory ``output``, load it again and check the round trip on the sample.
+    """Train on a random sample of a corpus, load the result and check the round trip on other parts of it.
 
-    ``kind``: "bpe" or "sentencepiece". Returns the loaded tokenizer and the counts of ``check_round_trip``.
+    ``kind``: "bpe" or "sentencepiece". ``sample_bytes``: see ``TextSample``. The directory ``output`` appears whole or
+    not at all. Returns the loaded tokenizer and what ``check_round_trip`` found.
     """
     target = Path(output)
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty: give another --output, or --overwrite")
-    texts = sample_texts(inputs, key, sample_bytes, on_progress)
-    if kind == "bpe":
-        train_bpe(texts, vocab_size, target)
-    else:
-        train_sentencepiece(texts, vocab_size, target, model_type)
-    loaded = load_tokenizer(target)
-    if loaded.vocab_size != vocab_size:
-        raise UserError(f"the tokenizer has {loaded.vocab_size} ids, not the {vocab_size} asked for; give more text")
-    return loaded, check_round_trip(loaded, sample_texts(inputs, key, sample_bytes))
+    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} is not empty: give another --output, or --overwrite to replace it")
+    sample = TextSample(inputs, key, sample_bytes, seed=seed, on_progress=on_progress)
+    work = target.with_name(target.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        if kind == "bpe":
+            train_bpe(iter(sample), vocab_size, work)
+        else:
+            train_sentencepiece(iter(sample), vocab_size, work, model_type)
+        loaded = load_tokenizer(work)
+        if loaded.vocab_size != vocab_size:
+            raise UserError(f"the tokenizer has {loaded.vocab_size} ids, not {vocab_size} as asked for; give more text")
+        checked = check_round_trip(loaded, sample.to_check)
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return loaded, checked

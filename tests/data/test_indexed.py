@@ -221,3 +221,94 @@ def test_pickling_carries_the_prefix_alone(tmp_path):
     sent = pickle.dumps(dataset)
     assert len(sent) < 500
     assert pickle.loads(sent).document(0).tolist() == list(range(5000))
+
+
+@pytest.mark.parametrize(("source", "target"), [("uint16", "int32"), ("int32", "uint16"), ("uint8", "int64")])
+def test_an_export_in_another_type(tmp_path, source, target, monkeypatch):
+    """Pieces of two tokens, so that they end inside sequences."""
+    monkeypatch.setattr("megameta.data.indexed.COPY_TOKENS", 2)
+    write(tmp_path / "a", SMALL, source)
+    pieces: list[int] = []
+    merge_datasets([tmp_path / "a"], tmp_path / "b", target, pieces.append)
+    code = next(code for code, name in NUMPY.items() if name == target)
+    assert ((tmp_path / "b.bin").read_bytes(), (tmp_path / "b.idx").read_bytes()) == oracle_bytes(SMALL, code)
+    assert pieces == [2, 2, 2, 1]
+
+
+def test_an_export_that_does_not_fit_names_the_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("megameta.data.indexed.COPY_TOKENS", 2)
+    write(tmp_path / "a", [[[1, 2, 3]], [[70_000]]], "int32")
+    with pytest.raises(UserError, match=r"a\.bin, tokens 2 on: ids from 3 to 70000 do not fit uint16"):
+        merge_datasets([tmp_path / "a"], tmp_path / "b", "uint16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_opening_does_not_read_the_bin(tmp_path):
+    """A .bin of 200 GB, all a hole, with one lying length: found from the index and the file's length alone."""
+    length = 100 * 10**9
+    sizes = [2**31 - 1] * (length // (2**31 - 1)) + [length % (2**31 - 1)]
+    data, index = oracle_bytes([], "H")
+    offsets = [2 * sum(sizes[:n]) for n in range(len(sizes))]
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(sizes), len(sizes) + 1)
+    index += struct.pack(f"<{len(sizes)}i{len(sizes)}q{len(sizes) + 1}q", *sizes, *offsets, *range(len(sizes) + 1))
+    put(tmp_path / "x", data, index)
+    os.truncate(tmp_path / "x.bin", 2 * length)
+    dataset = IndexedDataset(tmp_path / "x")
+    assert dataset.num_tokens == length and dataset.tokens(length - 3, 3).tolist() == [0, 0, 0]
+    os.truncate(tmp_path / "x.bin", 2 * length - 2)
+    with pytest.raises(UserError, match=r"x\.bin is truncated"):
+        IndexedDataset(tmp_path / "x")
+
+
+def test_any_damage_of_the_index_is_refused_or_harmless(tmp_path):
+    """Every single bit of a .idx flipped, and every length cut: a message that names the file, or the same documents
+    (never another error, and no attempt to allocate what a damaged count says)."""
+    flat = [[token for sequence in document for token in sequence] for document in SMALL]
+    refused = 0
+    damaged = [SMALL_IDX[:length] for length in range(len(SMALL_IDX))]
+    for place in range(len(SMALL_IDX)):
+        for bit in range(8):
+            damaged.append(replaced(SMALL_IDX, place, bytes([SMALL_IDX[place] ^ 1 << bit])))
+    for index in damaged:
+        put(tmp_path / "x", SMALL_BIN, index)
+        try:
+            dataset = IndexedDataset(tmp_path / "x")
+        except UserError as error:
+            refused += 1
+            assert "x.idx" in str(error) or "x.bin" in str(error)
+            continue
+        # What no check can see: another type of the same size, another document boundary between the same sequences.
+        tokens = [dataset.document(number).tolist() for number in range(dataset.num_documents)]
+        assert [token for ids in tokens for token in ids] == [token for ids in flat for token in ids]
+    assert refused > 0.98 * len(damaged)
+
+
+def test_merge_tool(tmp_path, capsys, monkeypatch):
+    from tools import merge_datasets as tool
+
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/b", SMALL)
+    write(tmp_path / "in/a", [[[9]]])
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["merge_datasets.py", *map(str, arguments)])
+        tool.main()
+
+    run("--input", tmp_path / "in", "--output-prefix", tmp_path / "all")
+    assert ((tmp_path / "all.bin").read_bytes(), (tmp_path / "all.idx").read_bytes()) == oracle_bytes(
+        [[[9]], *SMALL], "H"
+    )
+    assert "5 documents, 8 tokens (uint16) of 2 datasets" in capsys.readouterr().out
+    refusals = {
+        "already there": ("--input", tmp_path / "in/a", "--output-prefix", tmp_path / "all"),
+        "both input and output": ("--input", tmp_path / "all", "--output-prefix", tmp_path / "all.bin", "--overwrite"),
+        "there is no dataset": ("--input", tmp_path / "no", "--output-prefix", tmp_path / "x"),
+        "no .idx file": ("--input", tmp_path, tmp_path / "in", "--output-prefix", tmp_path / "x"),
+    }
+    (tmp_path / "empty").mkdir()
+    refusals["no .idx file"] = ("--input", tmp_path / "empty", "--output-prefix", tmp_path / "x")
+    for message, arguments in refusals.items():
+        with pytest.raises(UserError, match=message):
+            run(*arguments)
+    run("--input", tmp_path / "in/a", "--output-prefix", tmp_path / "all", "--overwrite")
+    assert IndexedDataset(tmp_path / "all").num_tokens == 1

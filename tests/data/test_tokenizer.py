@@ -201,13 +201,16 @@ def test_training_from_files(tmp_path):
     file.write_text("".join(json.dumps({"body": text}) + "\n" for text in CORPUS))
     tokenizer, checked = train_tokenizer([str(file)], tmp_path / "t", "bpe", 300, key="body", sample_bytes=1000)
     assert tokenizer.vocab_size == 300
-    assert checked["documents"] == checked["exact"] and 1000 <= checked["bytes"] < 1200
+    assert checked["documents"] == checked["exact"] == len(CORPUS)
     with pytest.raises(UserError, match="not empty"):
         train_tokenizer([str(file)], tmp_path / "t", "bpe", 300, key="body")
     with pytest.raises(UserError, match="more text or a smaller vocabulary"):
         train_tokenizer([str(file)], tmp_path / "u", "bpe", 50000, key="body")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no key"):
         train_tokenizer([str(file)], tmp_path / "v", "bpe", 300)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl", "t"]
+    train_tokenizer([str(file)], tmp_path / "t", "bpe", 290, key="body", overwrite=True)
+    assert load_tokenizer(tmp_path / "t").vocab_size == 290
 
 
 def test_errors_name_the_file(tmp_path):
