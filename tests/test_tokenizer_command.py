@@ -107,10 +107,12 @@ def test_visible(spelled, text):
     assert visible(spelled) == text
 
 
-def test_a_reader_that_leaves(tokenizers):
+def test_a_reader_that_leaves(tokenizers, tmp_path):
     """As ``megameta tokenizer show … | head -1``: no trace of a broken pipe."""
+    (tmp_path / "a.txt").write_text("the cat " * 20_000)
     command = [sys.executable, "-m", "megameta", "tokenizer", "show", "--tokenizer", tokenizers["bpe"], "--limit", "0"]
-    run = subprocess.Popen([*command, "the cat " * 20_000], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--file", str(tmp_path / "a.txt")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.readline()
     run.stdout.close()
     errors = run.stderr.read()
