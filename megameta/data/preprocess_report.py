@@ -30,8 +30,8 @@ class ProgressDisplay:
     """Shows Counts as they grow; pass ``update`` to ``preprocess``.
 
     ``total_input_bytes`` of the inputs on disk give the share that is done and the time left (0: not known).
-    ``label`` says what is going on. Elsewhere than on a terminal a line is printed every ``log_interval`` documents and at the end. All goes to
-    standard error.
+    ``label`` says what is going on. Elsewhere than on a terminal a line is printed every ``log_interval`` documents and
+    at the end. All goes to standard error.
     """
 
     def __init__(self, total_input_bytes: int, log_interval: int, label: str = "tokenising") -> None:

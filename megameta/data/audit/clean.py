@@ -95,7 +95,7 @@ class _Shards:
         shard = f"-{self._shard:05}" if self._limit else ""
         name = f"clean/{self._source}{shard}.{self._format}"
         raw = open(self._directory / name, "xb")  # noqa: SIM115 (closed by close)
-        self._stream: Any = raw
+        self._stream = raw
         if self._format.endswith(".gz"):
             # Without a time and a name in its header the file is the same every time.
             self._stream = io.BufferedWriter(_Gzip(raw), 1 << 16)

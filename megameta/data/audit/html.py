@@ -11,7 +11,8 @@ h3{margin-top:1.4em;font-size:1.05em}table{border-collapse:collapse;margin:.6em 
 th,td{padding:.25em .8em;border-bottom:1px solid #e6eaef;text-align:right;vertical-align:top}
 th:first-child,td:first-child{text-align:left}th{background:#f4f6f9;font-weight:600}
 td.text,th.text{text-align:left;overflow-wrap:anywhere;max-width:34em}.note{color:#556;max-width:60em}
-.cards{display:flex;flex-wrap:wrap;gap:.8em;margin:1em 0}.card{border:1px solid #d5dbe3;border-radius:6px;padding:.6em 1em}
+.cards{display:flex;flex-wrap:wrap;gap:.8em;margin:1em 0}
+.card{border:1px solid #d5dbe3;border-radius:6px;padding:.6em 1em}
 .card b{display:block;font-size:1.35em}.card span{color:#556;font-size:.9em}.some{color:#a33000;font-weight:600}
 .plots{display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0}figcaption{font-size:.92em;font-weight:600}
 svg text{font:11px system-ui,sans-serif;fill:#445}code{background:#f4f6f9;padding:0 .25em}nav a{margin-right:1em}
@@ -206,11 +207,12 @@ def _short(value: float) -> str:
 def _duplicates(found: dict[str, Any]) -> str:
     limit = found["near_jaccard"]
     rows = [
-        ["exact: the same bytes", found["exact"]["copies"], found["exact"]["groups"]],
-        ["normalised: the same but for case and white space", found["normalised"]["copies"]]
-        + [found["normalised"]["groups"]],
-        [f"near: MinHash of 5-word shingles, Jaccard at least {limit}", found["near"]["copies"]]
-        + [found["near"]["groups"]],
+        [words, found[level]["copies"], found[level]["groups"]]
+        for level, words in (
+            ("exact", "exact: the same bytes"),
+            ("normalised", "normalised: the same but for case and white space"),
+            ("near", f"near: MinHash of 5-word shingles, Jaccard at least {limit}"),
+        )
     ]
     head = ["kind (each includes those above it)", "copies", "groups"]
     largest = [[f"{group['documents']:,}", "; ".join(group["examples"])] for group in found["largest"]]
@@ -232,8 +234,8 @@ def _matrix(matrix: dict[str, dict[str, int]]) -> str:
     names = sorted({*matrix, *(other for row in matrix.values() for other in row)})
     note = _none("Documents of the row's source that have a duplicate in the column's source.")
     if len(names) > 20:  # a list is easier to read than a wide table
-        pairs = [[f"{name} in {other}", count] for name, row in matrix.items() for other, count in row.items()]
-        return note + _table(["sources", "documents"], sorted(pairs, key=lambda pair: -pair[1])[:100])
+        pairs = [(-count, f"{name} in {other}") for name, row in matrix.items() for other, count in row.items()]
+        return note + _table(["sources", "documents"], [[name, -count] for count, name in sorted(pairs)[:100]])
     rows = [[name, *(matrix.get(name, {}).get(other, 0) for other in names)] for name in names]
     return note + _table(["", *names], rows)
 
@@ -242,9 +244,9 @@ def _contamination(found: dict[str, Any] | None) -> str:
     if found is None:
         return _none("Not looked for: name evaluation sets with --against NAME=GLOB.")
     note = (
-        f"An example is contaminated where at least {found['limit']} of its {found['ngram']}-grams of words occur in the "
-        f"corpus. Examples of {found['fewest_words']} to {found['ngram'] - 1} words count as one n-gram, shorter ones are "
-        "not judged. contamination.jsonl lists every example."
+        f"An example is contaminated where at least {found['limit']} of its {found['ngram']}-grams of words occur "
+        f"in the corpus. Examples of {found['fewest_words']} to {found['ngram'] - 1} words count as one n-gram, "
+        "shorter ones are not judged. contamination.jsonl lists every example."
     )
     head = [
         "evaluation set",
@@ -255,8 +257,14 @@ def _contamination(found: dict[str, Any] | None) -> str:
         "documents touching it",
     ]
     rows = [
-        [name, entry["examples"], _share(entry["contaminated"], entry["examples"]), entry["touched"]]
-        + [entry["too_short"], entry["documents_touching"]]
+        [
+            name,
+            entry["examples"],
+            _share(entry["contaminated"], entry["examples"]),
+            entry["touched"],
+            entry["too_short"],
+            entry["documents_touching"],
+        ]
         for name, entry in found["sets"].items()
     ]
     parts = [_none(note), _table(head, rows)]
@@ -287,8 +295,13 @@ def _languages(report: dict[str, Any]) -> str:
 def _rules(report: dict[str, Any]) -> str:
     whole = report["corpus"]["documents"]
     rows = [
-        [name, "off" if entry["limit"] is None else f"{entry['limit']:,}", _share(entry["documents"], whole)]
-        + [_by_source(entry["by_source"]), "; ".join(entry["examples"][:2])]
+        [
+            name,
+            "off" if entry["limit"] is None else f"{entry['limit']:,}",
+            _share(entry["documents"], whole),
+            _by_source(entry["by_source"]),
+            "; ".join(entry["examples"][:2]),
+        ]
         for name, entry in report["rules"].items()
     ]
     note = (
@@ -301,8 +314,13 @@ def _rules(report: dict[str, Any]) -> str:
 
 def _patterns(group: dict[str, Any], note: str) -> str:
     rows = [
-        [name, entry["documents"], entry["finds"], _by_source(entry["by_source"])]
-        + ["; ".join(f"{example['found']} in {example['document']}" for example in entry["examples"][:3])]
+        [
+            name,
+            entry["documents"],
+            entry["finds"],
+            _by_source(entry["by_source"]),
+            "; ".join(f"{example['found']} in {example['document']}" for example in entry["examples"][:3]),
+        ]
         for name, entry in group.items()
         if entry["documents"]
     ]

@@ -55,7 +55,7 @@ def resolve(inputs: Sequence[str], sources: Sequence[str]) -> list[InputFile]:
     for name, pattern in split_named(sources, "--source"):
         if name in named or name in automatic:
             raise UserError(
-                f"the source {name} is there twice; give one --source {name}=GLOB a name of its own, or one glob for both"
+                f"the source {name} is there twice; give each --source a name of its own, or one glob for both"
             )
         named.add(name)
         files += [InputFile(path, name, tokenised) for path, tokenised in _expand(pattern)]
@@ -106,7 +106,8 @@ def _named_by_file(entries: list[tuple[str, bool]]) -> list[InputFile]:
     folders: dict[str, set[str]] = {}
     for name, (path, _) in zip(plain, entries):
         folders.setdefault(name, set()).add(os.path.dirname(os.path.abspath(path)))
-    result, folder_of = [], {}
+    result: list[InputFile] = []
+    folder_of: dict[str, str] = {}
     for name, (path, tokenised) in zip(plain, entries):
         folder = os.path.dirname(os.path.abspath(path))
         if len(folders[name]) > 1:

@@ -1,4 +1,4 @@
-"""What exactly was audited: files with their hashes, the corpus as a whole, and a check that they are still the same."""
+"""What exactly was audited: files with their hashes, the whole corpus, and a check that they are still the same."""
 
 import hashlib
 import json

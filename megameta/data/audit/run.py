@@ -59,28 +59,8 @@ def audit(
         work = directory / "work"
         work.mkdir()
         started = time.monotonic()
-        examples, index = (
-            read_examples(options.against, options.against_keys or [options.json_key])
-            if (options.against)
-            else (None, None)
-        )
-        ngram_file = None
-        if index is not None:
-            ngram_file = index_file(str(work))
-            index.save(ngram_file)
-        examiner = Examiner(options, ngram_file)  # also finds what is wrong before any process starts
-        tokenizer = examiner.tokenizer
-        sources = list(dict.fromkeys(file.source for file in files))
-        audited = Audited(
-            files,
-            sources,
-            examiner.language_names,
-            tokenizer.digest() if tokenizer else None,
-            examples,
-            index,
-            work / "notes.jsonl",
-        )
-        seconds = {}
+        audited, examiner, ngram_file = _prepare(options, files, work)
+        seconds: dict[str, float] = {}
         sketches = SketchStore(str(work))
         _examine(options, examiner, ngram_file, audited, work, sketches, on_progress)
         seconds["examine"] = time.monotonic() - started
@@ -89,15 +69,13 @@ def audit(
         sketches.close()
         seconds["duplicates"] = time.monotonic() - started - sum(seconds.values())
         decision = decide(audited.records, audited.duplicates, options.drop) if options.filter else None
-        clean = []
+        clean: list[dict[str, Any]] = []
         if decision is not None:
             say("writing the cleaned corpus")
             clean = write_clean(audited, decision, options, directory)
             seconds["filter"] = time.monotonic() - started - sum(seconds.values())
         found = _write(options, audited, decision, clean, directory)
-        for file, stamp in zip(files, stamps):
-            if file.stamp() != stamp:
-                raise UserError(f"{file.path} changed while it was read; let nothing write to it and start again")
+        _require_unchanged(files, stamps)
         seconds["report"] = time.monotonic() - started - sum(seconds.values())
         audited.records = None
         shutil.rmtree(work)
@@ -120,6 +98,30 @@ def _checked(options: AuditOptions) -> list[InputFile]:
     if len({file.source for file in files}) > 65535:
         raise UserError("more than 65,535 sources: group files with --source NAME=GLOB")
     return files
+
+
+def _prepare(options: AuditOptions, files: list[InputFile], work: Path) -> tuple[Audited, Examiner, str | None]:
+    """Read the evaluation sets and set up an examiner, which finds what is wrong before any process starts."""
+    examples, index, ngram_file = None, None, None
+    if options.against:
+        examples, index = read_examples(options.against, options.against_keys or [options.json_key])
+        ngram_file = index_file(str(work))
+        index.save(ngram_file)
+    examiner = Examiner(options, ngram_file)
+    digest = examiner.tokenizer.digest() if examiner.tokenizer else None
+    sources = list(dict.fromkeys(file.source for file in files))
+    audited = Audited(files, sources, examiner.language_names, digest, examples, index, work / "notes.jsonl")
+    return audited, examiner, ngram_file
+
+
+def _require_unchanged(files: list[InputFile], stamps: list[Any]) -> None:
+    for file, stamp in zip(files, stamps):
+        try:
+            same = file.stamp() == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{file.path} changed while it was read; let nothing write to it and start again")
 
 
 def _write(

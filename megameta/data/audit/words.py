@@ -29,6 +29,7 @@ UNSPACED = (
 _EACH_UNSPACED = re.compile(f"([{UNSPACED}])")
 _NOT_WORD = re.compile(r"\W+")
 _TOKEN = re.compile(r"\w+")
+_SPACE = re.compile(r"\s")
 #: Words are kept from document to document up to this many, and this many characters.
 _TABLE_WORDS = 1 << 20
 _TABLE_CHARACTERS = 1 << 25
@@ -179,6 +180,3 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : found.start()]
         start = found.start()
     yield text[start:] if start else text
-
-
-_SPACE = re.compile(r"\s")
