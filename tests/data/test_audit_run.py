@@ -30,29 +30,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "audit_corpus.py"
 SECRET = "ghp_" + "z9Y8" * 9
 PASSWORD = "correct-horse-42"
 EVIL = "<script>alert(1)</script>"
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "that",
-    "have",
-    "with",
-    "be",
-    "cat",
-    "dog",
-    "house",
-    "river",
-    "stone",
-    "light",
-    "under",
-    "walks",
-    "slowly",
-    "green",
-    "old",
-    "new",
-    "town",
-]
+WORDS = "the of and to that have with be cat dog house river stone light under walks slowly green old new town".split()
 
 
 def prose(seed, count=120):
@@ -324,7 +302,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(corpus, monkeypatch):
     monkeypatch.chdir(corpus)
 
     def touch(counts):
-        if counts.documents > 5:  # once: what is added is read as well
+        if counts.documents > 8:  # once: what is added is read as well
             return
         with open(corpus / "books.jsonl", "a") as file:
             file.write(" ")
