@@ -30,7 +30,8 @@ TOOL = Path(__file__).parents[2] / "tools" / "audit_corpus.py"
 SECRET = "ghp_" + "z9Y8" * 9
 PASSWORD = "correct-horse-42"
 EVIL = "<script>alert(1)</script>"
-WORDS = "the of and to that have with be cat dog house river stone light under walks slowly green old new town".split()
+VOCABULARY = "the of and to that have with be cat dog house river stone light under walks slowly green old new town"
+WORDS = VOCABULARY.split()
 
 
 def prose(seed, count=120):
