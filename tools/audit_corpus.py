@@ -123,8 +123,8 @@ def summary(options: AuditOptions, outcome: Outcome) -> str:
     copies = found["duplicates"]["near"]["copies"]
     lines = [
         f"{counts.documents:,} documents in {duration(sum(outcome.seconds.values()))} ({rates(counts)})",
-        f"{copies:,} copies; {sum(entry['documents'] for entry in found['secrets'].values()):,} finds of secrets "
-        f"by document; {counts.bad:,} unreadable and {counts.empty:,} empty documents",
+        f"{copies:,} copies, {found['documents_with']['secrets']:,} documents with secrets, {counts.bad:,} unreadable, "
+        f"{counts.empty:,} empty",
     ]
     if found["contamination"]:
         for name, entry in found["contamination"]["sets"].items():

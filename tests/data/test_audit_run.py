@@ -121,6 +121,7 @@ def test_what_was_hidden_is_found(corpus, audited):
     across = audited["duplicates"]["exact"]["within_and_across"]
     assert across == {"books": {"web": 1}, "web": {"books": 2, "web": 2}}
     assert audited["secrets"]["github_token"]["documents"] == audited["secrets"]["assigned_password"]["documents"] == 1
+    assert audited["documents_with"] == {"secrets": 1, "personal": 1}
     assert audited["personal"]["email"]["by_source"] == {"web": 1}
     assert audited["blocklist"]["entries"] == {"Forbidden Phrase": 1}
     assert audited["hook"]["reasons"] == {"it said <b>hooked</b>": 1}

@@ -13,7 +13,7 @@ th:first-child,td:first-child{text-align:left}th{background:#f4f6f9;font-weight:
 td.text,th.text{text-align:left;overflow-wrap:anywhere;max-width:34em}.note{color:#556;max-width:60em}
 .cards{display:flex;flex-wrap:wrap;gap:.8em;margin:1em 0}
 .card{border:1px solid #d5dbe3;border-radius:6px;padding:.6em 1em}
-.card b{display:block;font-size:1.35em}.card span{color:#556;font-size:.9em}.some{color:#a33000;font-weight:600}
+.card b{display:block;font-size:1.35em}.card span{color:#556;font-size:.9em}
 .plots{display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0}figcaption{font-size:.92em;font-weight:600}
 svg text{font:11px system-ui,sans-serif;fill:#445}code{background:#f4f6f9;padding:0 .25em}nav a{margin-right:1em}
 """
@@ -111,7 +111,7 @@ def _overview(report: dict[str, Any]) -> str:
         ("tokens", _number(corpus["tokens"])),
         ("bytes per token", _number(corpus["bytes_per_token"])),
         ("copies, exact or near", _share(duplicates["near"]["copies"], documents)),
-        ("with secrets", _number(_with(report["secrets"]))),
+        ("with secrets", _number(report["documents_with"]["secrets"])),
         ("unreadable", _number(corpus["bad"])),
         ("empty", _number(corpus["empty"])),
     ]
@@ -124,11 +124,6 @@ def _overview(report: dict[str, Any]) -> str:
         + "".join(f"<div class=card><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in cards)
         + "</div>"
     )
-
-
-def _with(group: dict[str, Any]) -> int:
-    """Documents with at least one find, counted by pattern: an upper bound where a document has several."""
-    return sum(entry["documents"] for entry in group.values())
 
 
 def _sources(report: dict[str, Any]) -> str:

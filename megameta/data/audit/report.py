@@ -108,6 +108,7 @@ def report(options: AuditOptions, audited: Audited, decision: Decision | None) -
             rule.name: {"limit": options.rules.threshold(rule.name), **_reason(rule.name, audited, totals)}
             for rule in RULES
         },
+        "documents_with": {name: int(totals.reasons[:, REASONS.index(name)].sum()) for name in ("secrets", "personal")},
         "secrets": _patterns(patterns.SECRETS, audited, totals, notes),
         "personal": _patterns(patterns.PERSONAL, audited, totals, notes),
         "encoding": _encoding(options, audited, totals),
