@@ -32,7 +32,7 @@ setup(
         "pyarrow>=15",
         "tiktoken>=0.14",
         "rensa>=0.5",
-        "py3langid>=0.3",
+        "py3langid>=0.4",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],

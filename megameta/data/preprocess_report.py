@@ -30,11 +30,12 @@ class ProgressDisplay:
     """Shows Counts as they grow; pass ``update`` to ``preprocess``.
 
     ``total_input_bytes`` of the inputs on disk give the share that is done and the time left (0: not known).
-    Elsewhere than on a terminal a line is printed every ``log_interval`` documents and at the end. All goes to
-    standard error.
+    ``label`` says what is going on. Elsewhere than on a terminal a line is printed every ``log_interval`` documents and
+    at the end. All goes to standard error.
     """
 
-    def __init__(self, total_input_bytes: int, log_interval: int) -> None:
+    def __init__(self, total_input_bytes: int, log_interval: int, label: str = "tokenising") -> None:
+        self._label = label
         self._total = total_input_bytes
         self._interval = log_interval
         self._next = log_interval
@@ -47,7 +48,7 @@ class ProgressDisplay:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("tokenising"),
+                TextColumn(self._label),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[rates]}"),

@@ -1,0 +1,1 @@
+"""What is in a corpus: statistics, quality rules, duplicates, contamination, patterns, a manifest, a filter."""
