@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -249,7 +248,7 @@ def _remove_abandoned(final: Path) -> None:
         number = entry.name.rpartition("-")[2]
         if number.isdigit():
             try:
-                os.kill(int(number), signal.SIG_DFL)  # 0: only asks whether there is such a process
+                os.kill(int(number), 0)  # only asks whether there is such a process
             except ProcessLookupError:
                 shutil.rmtree(entry, ignore_errors=True)
             except PermissionError:
