@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megameta.errors import UserError
 from megameta.parallel.launch import pick_device
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator
-from megameta.train.losses import LossModule, sum_losses
+from megameta.train.losses import LossModule, make_scores, sum_scores
 from megameta.train.setup import build_model
 from megameta.validate import validate
 
@@ -41,8 +42,8 @@ def evaluate(source: str, overrides: list[str], *, json_path: str | None = None)
     with torch.no_grad(), console.status("evaluating"):
         for name in evaluator.sets:
             batches = evaluator.batches(name)
-            loss_sum, targets, num_bytes = sum_losses(module, batches, evaluator.byte_counts, device)
-            results[name] = EvalResult.of(float(loss_sum), targets, num_bytes)
+            total, counts = sum_scores(partial(module, score=True), batches, evaluator.byte_counts, device)
+            results[name] = EvalResult.of(make_scores(total.tolist(), counts))
     console.print(_table(source, results))
     if json_path is not None:
         record = {"source": source, "eval": {name: vars(result) for name, result in results.items()}}

@@ -147,6 +147,24 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return grad_RN.mul_((valid_R * grad)[:, None]), None, None, None
 
 
+def vocabulary_argmax(logits_BTN: Tensor, start: int, tp: TensorParallel) -> Tensor:
+    """The most likely token, of the first of equals, where the logits' columns are spread over the ranks: (B, T) int64,
+    the same on every rank. Two numbers a position travel. No gradient.
+
+    Args: as of ``vocabulary_cross_entropy_sum``.
+    """
+    shape, width = logits_BTN.shape[:-1], logits_BTN.shape[-1]
+    exact = torch.promote_types(logits_BTN.dtype, torch.float32)  # gloo does not reduce all of the shorter types
+    own_BT = logits_BTN.new_full(shape, -torch.inf, dtype=exact)
+    token_BT = torch.zeros(shape, dtype=torch.int64, device=logits_BTN.device)
+    if width:  # a rank may hold nothing but padding rows of the vocabulary
+        top, token_BT = logits_BTN.max(dim=-1)
+        own_BT = top.to(exact)
+    best_BT = _all_reduce(own_BT.clone(), tp, dist.ReduceOp.MAX)
+    nobody = torch.iinfo(torch.int64).max
+    return _all_reduce(torch.where(own_BT == best_BT, token_BT + start, nobody), tp, dist.ReduceOp.MIN)
+
+
 def vocabulary_cross_entropy_sum(logits_BTN: Tensor, label_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
     """``cross_entropy_sum`` of logits whose columns are spread over the ranks, never gathered: B · T numbers travel for
     the largest logit, and twice as many for the sum of exponentials and the label's logit (Megatron-LM's form).

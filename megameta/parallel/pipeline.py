@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
 from megameta.model.flops import forward_flops
 from megameta.model.gpt import run_blocks
-from megameta.parallel.collectives import vocabulary_cross_entropy_sum
+from megameta.model.loss import IGNORE_INDEX
+from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.tensor_parallel import shard_context, vocabulary_multiple
 from megameta.parallel.topology import Topology
@@ -127,16 +128,46 @@ def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[T
     return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
 
 
-class StageLoss:
-    """The last stage's loss: scaled for the gradient, and its plain sum on record for the step's report."""
+def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits, labels) to what an evaluation sums up, float64 (3,): cross-entropies in nats, targets that are the most
+    likely token, rows all of whose targets are.
 
-    def __init__(self, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> None:
+    A row whose targets are an answer and its end is one that greedy decoding would answer exactly: each step of it
+    sees the answer's earlier tokens, as here.
+    """
+    loss = loss_function(config, tp)
+    start = tp.rank * vocabulary_multiple(config, tp.size) if tp is not None else 0
+
+    def score(logits_BTN: Tensor, label_BT: Tensor) -> Tensor:
+        predicted_BT = logits_BTN.argmax(dim=-1) if tp is None else vocabulary_argmax(logits_BTN, start, tp)
+        counts_BT = label_BT != IGNORE_INDEX
+        right_BT = predicted_BT == label_BT
+        exact_B = (right_BT | ~counts_BT).all(dim=1) & counts_BT.any(dim=1)
+        return torch.stack([loss(logits_BTN, label_BT).double(), right_BT.sum().double(), exact_B.sum().double()])
+
+    return score
+
+
+class StageLoss:
+    """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
+
+    ``scoring``: whether that is what ``score_function`` gives, or the sum of cross-entropies alone.
+    """
+
+    def __init__(
+        self, cross_entropy: Callable[[Tensor, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         self.cross_entropy = cross_entropy
+        self.score = score
         self.scale = 1.0
+        self.scoring = False
         self.sums: list[Tensor] = []
 
     def __call__(self, logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
         """Sum of cross-entropies times ``scale``."""
+        if self.scoring:
+            self.sums.append(self.score(logits_BTV, label_BT).detach())
+            return self.sums[-1][0]
         loss_sum = self.cross_entropy(logits_BTV, label_BT)
         self.sums.append(loss_sum.detach().double())
         return loss_sum * self.scale

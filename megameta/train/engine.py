@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train.deepspeed_config import deepspeed_config
-from megameta.train.losses import LossModule, sum_losses
+from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
 from megameta.train.optimizer import make_optimizer
 from megameta.train.setup import build_part
 from megameta.train.state import EngineState
@@ -182,16 +183,16 @@ class Engine:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None) -> tuple[float, int, int]:
-        """(sum of losses in nats, targets, bytes of the targets) over all ranks. Every rank passes as many batches."""
-        total, targets, num_bytes = self._sum_losses(self._equal_shards(batches), byte_counts)
-        counts = self._sum_over_replicas([targets, num_bytes])
-        per_rank = self._gather(total)
-        return sum(per_rank[rank] for rank in self.topology.loss_ranks()), counts[0], counts[1]
+    def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None) -> Scores:
+        """Sums over all ranks. Every rank passes as many batches."""
+        total, counts = self._sum_scores(self._equal_shards(batches), byte_counts)
+        per_rank = [self._gather(part) for part in total]
+        sums = [sum(values[rank] for rank in self.topology.loss_ranks()) for values in per_rank]
+        return make_scores(sums, self._sum_over_replicas(counts))
 
-    def _sum_losses(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, int, int]:
+    def _sum_scores(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, list[int]]:
         self.engine.eval()
-        return sum_losses(self.engine, batches, byte_counts, self.topology.device)
+        return sum_scores(partial(self.engine, score=True), batches, byte_counts, self.topology.device)
 
     def _equal_shards(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Without meta-tokens sequences are shorter, and may not divide by the tensor-parallel size."""

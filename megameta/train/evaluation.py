@@ -15,6 +15,7 @@ from megameta.data.sources import TEST, held_out_samples
 from megameta.data.tokenizer import load_tokenizer
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
+from megameta.train.losses import Scores
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class EvalResult:
     targets: int
 
     @classmethod
-    def of(cls, loss_sum: float, targets: int, num_bytes: int) -> "EvalResult":
+    def of(cls, scores: Scores) -> "EvalResult":
         """From sums over the set."""
-        loss = loss_sum / max(1, targets)
-        bits = loss_sum / math.log(2) / num_bytes if num_bytes else None
-        return cls(loss, math.exp(min(loss, 700.0)), bits, targets)
+        loss = scores.loss_sum / max(1, scores.targets)
+        bits = scores.loss_sum / math.log(2) / scores.num_bytes if scores.num_bytes else None
+        return cls(loss, math.exp(min(loss, 700.0)), bits, scores.targets)
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.targets:,} targets)"
 
 
 def evaluated_samples(config: RunConfig, dataset: Dataset) -> list[int]:
@@ -75,7 +80,7 @@ class Evaluator:
     def run(self, engine: Engine, names: list[str] | None = None) -> dict[str, EvalResult]:
         """Results by set name; "NAME/no-meta" is the same text without meta-tokens. Collective."""
         wanted = list(self.sets) if names is None else names
-        return {name: EvalResult.of(*engine.evaluate(self.batches(name), self.byte_counts)) for name in wanted}
+        return {name: EvalResult.of(engine.evaluate(self.batches(name), self.byte_counts)) for name in wanted}
 
     def batches(self, name: str) -> Iterator[Batch]:
         """This rank's batches of a set."""

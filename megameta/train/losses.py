@@ -1,6 +1,7 @@
 """The training loss of a batch, and its sums over many."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 from megameta.model import GPT, make_context
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.pipeline import loss_function
+from megameta.parallel.pipeline import loss_function, score_function
 from megameta.parallel.tensor_parallel import shard_context
 
 
@@ -21,9 +22,10 @@ class LossModule(nn.Module):
         self.gpt = gpt
         self.tensor_parallel = tensor_parallel
         self.cross_entropy = loss_function(gpt.config, tensor_parallel)
+        self.score = score_function(gpt.config, tensor_parallel)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the batch's cross-entropies in nats: a scalar."""
+    def forward(self, batch: Batch, score: bool = False) -> Tensor:
+        """Sum of the batch's cross-entropies in nats, a scalar; with ``score`` what ``score_function`` gives, (3,)."""
         context = make_context(
             self.gpt.config,
             batch.token_BT,
@@ -33,28 +35,48 @@ class LossModule(nn.Module):
         )
         context = shard_context(context, self.tensor_parallel)
         x_BTD = self.gpt.hidden_states(batch.token_BT, context)
-        return self.cross_entropy(self.gpt.head(x_BTD, self.gpt.embedding.tokens.weight), batch.label_BT)
+        logits_BTN = self.gpt.head(x_BTD, self.gpt.embedding.tokens.weight)
+        return (self.score if score else self.cross_entropy)(logits_BTN, batch.label_BT)
 
 
-def sum_losses(
-    loss_sum: Callable[[Batch], Tensor], batches: Iterable[Batch], byte_counts: Tensor | None, device: str
-) -> tuple[Tensor, int, int]:
-    """(sum of losses in nats, float64; targets; bytes of the targets) over batches.
+@dataclass(frozen=True)
+class Scores:
+    """Sums over batches: losses in nats; targets, the UTF-8 bytes they stand for, those that were the most likely
+    token; rows with targets, those all of whose targets were."""
+
+    loss_sum: float
+    targets: int
+    num_bytes: int
+    correct: int
+    rows: int
+    exact: int
+
+
+def sum_scores(
+    score: Callable[[Batch], Tensor], batches: Iterable[Batch], byte_counts: Tensor | None, device: str
+) -> tuple[Tensor, list[int]]:
+    """(float64 (3,) as of ``score_function``; targets, their bytes, rows) over batches.
 
     Args:
-        loss_sum: the sum of a batch's losses.
+        score: of one batch, (3,).
         byte_counts: (V,) bytes that each token stands for; without it bytes are 0.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    targets = num_bytes = 0
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    counts = [0, 0, 0]
     for batch in batches:
-        total += loss_sum(batch.to(device)).double()
-        counts = count_targets(batch, byte_counts)
-        targets, num_bytes = targets + counts[0], num_bytes + counts[1]
-    return total, targets, num_bytes
+        total += score(batch.to(device))
+        counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts), strict=True)]
+    return total, counts
 
 
-def count_targets(batch: Batch, byte_counts: Tensor | None) -> tuple[int, int]:
-    """(targets, bytes that they stand for) of a batch."""
-    labels = batch.label_BT[batch.label_BT != IGNORE_INDEX]
-    return labels.numel(), int(byte_counts[labels].sum()) if byte_counts is not None else 0
+def make_scores(total: Sequence[float], counts: Sequence[int]) -> Scores:
+    """From what ``sum_scores`` gives."""
+    return Scores(total[0], counts[0], counts[1], round(total[1]), counts[2], round(total[2]))
+
+
+def count_targets(batch: Batch, byte_counts: Tensor | None) -> tuple[int, int, int]:
+    """(targets, bytes that they stand for, rows that have any) of a batch."""
+    counts_BT = batch.label_BT != IGNORE_INDEX
+    labels = batch.label_BT[counts_BT]
+    num_bytes = int(byte_counts[labels].sum()) if byte_counts is not None else 0
+    return labels.numel(), num_bytes, int(counts_BT.any(dim=1).sum())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
-from megameta.parallel.pipeline import Stage, StageLoss, loss_function, make_pipeline, pack_rows
+from megameta.parallel.pipeline import Stage, StageLoss, loss_function, make_pipeline, pack_rows, score_function
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
 from megameta.train.losses import count_targets
@@ -23,7 +23,8 @@ class PipelineEngine(Engine):
 
     def _wrap(self, model: Any) -> Any:
         self.stage: Stage = model
-        self.loss = StageLoss(loss_function(self.config.model, self.groups.tensor))
+        functions = (make(self.config.model, self.groups.tensor) for make in (loss_function, score_function))
+        self.loss = StageLoss(*functions)
         return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
 
     def _mpu(self) -> Any:
@@ -47,18 +48,19 @@ class PipelineEngine(Engine):
         with torch.no_grad():
             self.engine.module._synchronize_tied_weights()
 
-    def _sum_losses(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, int, int]:
+    def _sum_scores(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, list[int]]:
         batches = iter(batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        targets = num_bytes = 0
+        total = torch.zeros(3, dtype=torch.float64, device=self.topology.device)
+        counts = [0, 0, 0]
+        self.loss.scoring = True
         while chunk := list(itertools.islice(batches, EVALUATED_TOGETHER)):
             self._expect(chunk)
             self.engine.eval_batch(_items(chunk), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             total += self._take_sums()
             for batch in chunk:
-                counts = count_targets(batch, byte_counts)
-                targets, num_bytes = targets + counts[0], num_bytes + counts[1]
-        return total, targets, num_bytes
+                counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts), strict=True)]
+        self.loss.scoring = False
+        return total, counts
 
     def _expect(self, batches: Sequence[Batch]) -> None:
         """Buffers between stages have the shape of the batches to come."""

@@ -336,5 +336,5 @@ def test_train_tokenizer_tool(tmp_path):
             "train_tokenizer.py", "--input", file, "--output", tmp_path / kind, "--type", kind, "--vocab-size", "300"
         )
         assert done.returncode == 0, done.stderr
-        assert "60 of 60 documents exact" in done.stdout and "meta 299" in done.stdout
+        assert "60 of 60 pieces of the corpus exact" in done.stdout and "meta 299" in done.stdout
         assert (tmp_path / kind / name).is_file()

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megameta.data.loader import StepLoader
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import Evaluator
-from megameta.train.losses import LossModule, sum_losses
+from megameta.train.losses import LossModule, sum_scores
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import differing_replicas
 from megameta.train.schedule import learning_rate
@@ -165,8 +166,8 @@ def reference(case: Case, corpus: str, steps: int = STEPS) -> dict[str, Any]:
     out["evaluation"] = {}
     with torch.no_grad():
         for name in evaluator.sets:
-            total, targets, _ = sum_losses(module, evaluator.batches(name), None, "cpu")
-            out["evaluation"][name] = float(total) / targets
+            total, counts = sum_scores(partial(module, score=True), evaluator.batches(name), None, "cpu")
+            out["evaluation"][name] = float(total[0]) / counts[0]
     rows = {name: shape[0] for name, shape in logical_shapes(config.model).items()}
     for part in ("initial", "gradients", "weights"):
         out[part] = {name: tensor.detach()[: rows[name]] for name, tensor in out[part].items()}

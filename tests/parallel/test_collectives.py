@@ -88,6 +88,7 @@ def _everything(topology):
             loss = collectives.vocabulary_cross_entropy_sum(own, label, start, tp)
             (2.5 * loss).backward()
             out[case, dtype] = (loss.detach(), own.grad)
+            out[case, dtype, "argmax"] = collectives.vocabulary_argmax(own.detach(), start, tp)
     return out
 
 
@@ -116,6 +117,18 @@ def test_cross_entropy_of_sharded_logits(outcomes, case):
         own_loss, own_grad = outcomes[rank][case, torch.float64]
         torch.testing.assert_close(own_loss, loss.detach())
         torch.testing.assert_close(own_grad, part)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_most_likely_token_of_sharded_logits(outcomes, case, dtype):
+    logits, _ = vocabulary_case(VOCABULARIES[case], dtype)
+    top = logits.max(dim=-1).values
+    for rank in range(WORLD):
+        found = outcomes[rank][case, dtype, "argmax"]
+        assert torch.equal(found, outcomes[0][case, dtype, "argmax"])
+        assert torch.equal(logits.gather(-1, found[..., None])[..., 0], top)
+        assert not (logits == top[..., None])[..., :1].logical_and(found[..., None] != 0).any(), "the first of equals"
 
 
 @pytest.mark.parametrize("case", VOCABULARIES)

@@ -8,7 +8,16 @@ from model_cases import covering
 from torch.nn.functional import cross_entropy
 
 from megameta.model import GPT, ModelConfig, initialize_weights
-from megameta.parallel.pipeline import Stage, StageLoss, loss_function, pack_rows, part_costs, stage_bounds, unpack_rows
+from megameta.parallel.pipeline import (
+    Stage,
+    StageLoss,
+    loss_function,
+    pack_rows,
+    part_costs,
+    score_function,
+    stage_bounds,
+    unpack_rows,
+)
 
 OPTIONS = {
     "position": ["rope", "ape", "rnope"],
@@ -97,8 +106,24 @@ def test_costs_are_those_of_the_parts():
     assert sum(costs) == total + table, "the last stage has a copy of the tied table"
 
 
+def test_scores_are_counted_by_hand():
+    """Three rows: all targets right, one of two wrong, no targets."""
+    logits = torch.zeros(3, 3, 300)
+    labels = torch.tensor([[7, -100, 9], [7, 8, -100], [-100, -100, -100]])
+    logits[0, 0, 7] = logits[0, 1, 5] = logits[0, 2, 9] = 4.0
+    logits[1, 0, 7] = logits[1, 1, 9] = 4.0
+    score = score_function(make_config(), None)
+    total = score(logits, labels)
+    wanted = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    assert total.tolist() == [pytest.approx(float(wanted)), 3.0, 1.0] and total.dtype == torch.float64
+    loss = StageLoss(loss_function(make_config(), None), score)
+    loss.scoring = True
+    loss(logits, labels)
+    assert torch.equal(loss.sums[0], total)
+
+
 def test_the_loss_is_scaled_for_the_gradient_and_kept_as_it_is():
-    loss = StageLoss(loss_function(make_config(), None))
+    loss = StageLoss(loss_function(make_config(), None), score_function(make_config(), None))
     logits, labels = torch.randn(2, 4, 300), torch.tensor([[1, 2, -100, 4], [5, -100, 7, 8]])
     loss.scale = 0.25
     wanted = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")

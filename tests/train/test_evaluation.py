@@ -14,6 +14,7 @@ from megameta.data.dataset import meta_positions
 from megameta.data.indexed import IndexedDataset
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator
+from megameta.train.losses import Scores
 from megameta.train.setup import build_model
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
@@ -170,7 +171,10 @@ def test_ranks_share_the_samples(corpus):
 
 
 def test_result_without_bytes_or_targets():
-    assert EvalResult.of(2.0, 4, 0) == EvalResult(0.5, math.exp(0.5), None, 4)
-    assert EvalResult.of(0.0, 0, 0).loss == 0.0
-    assert EvalResult.of(1e9, 1, 1).perplexity == math.exp(700), "a number even for a loss beyond any"
-    assert replace(EvalResult.of(math.log(2) * 8, 8, 1), loss=0.0).bits_per_byte == pytest.approx(8.0)
+    def of(loss_sum, targets, num_bytes):
+        return EvalResult.of(Scores(loss_sum, targets, num_bytes, correct=0, rows=1, exact=0))
+
+    assert of(2.0, 4, 0) == EvalResult(0.5, math.exp(0.5), None, 4)
+    assert of(0.0, 0, 0).loss == 0.0
+    assert of(1e9, 1, 1).perplexity == math.exp(700), "a number even for a loss beyond any"
+    assert replace(of(math.log(2) * 8, 8, 1), loss=0.0).bits_per_byte == pytest.approx(8.0)
