@@ -131,8 +131,13 @@ class StepLoader:
         micro, ranks = self.micro_batch_size, self.data_parallel_size
         batches = []
         for step in range(self.accumulation_steps):
-            first = number * self.global_batch_size + (step * ranks + self.data_parallel_rank) * micro
-            samples = [self.dataset[index] for index in range(first, first + micro)]
-            batch = collate(samples, self.dataset.form.num_meta_tokens)
+            row = (step * ranks + self.data_parallel_rank) * micro
+            batch = self.make_batch(number, row)
             batches.append(batch.pin_memory() if self.pin_memory else batch)
         return batches
+
+    def make_batch(self, number: int, row: int) -> Batch:
+        """``micro_batch_size`` rows of global batch ``number``, from its row ``row`` on."""
+        first = number * self.global_batch_size + row
+        samples = [self.dataset[index] for index in range(first, first + self.micro_batch_size)]
+        return collate(samples, self.dataset.form.num_meta_tokens)

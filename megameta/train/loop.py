@@ -6,6 +6,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,15 +27,13 @@ from megameta.checkpoint.files import write_text_atomically
 from megameta.checkpoint.store import point_latest, step_name
 from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
-from megameta.data.dataset import Dataset, SampleFormat
-from megameta.data.loader import StepLoader, next_batch_number
-from megameta.data.sources import SourceReport, training_data
+from megameta.data.loader import next_batch_number
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
+from megameta.train.data import PretrainingData, RunData
 from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
 from megameta.train.engine import NonFiniteGradient
-from megameta.train.evaluation import Evaluator
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import check_replicas
@@ -45,27 +44,20 @@ from megameta.train.setup import initial_weights
 class Trainer:
     """A run on one rank. Every rank makes one and calls ``run``."""
 
-    def __init__(self, config: RunConfig, topology: Topology) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
+    ) -> None:
         self.config = config
         self.topology = topology
         self.directory = Path(config.run.dir)
         self.checkpoints = self.directory / "checkpoints"
         self._lock = self._open_directory()
         checkpoint = self._find_checkpoint()
-        self._data = data = training_data(config)
-        dataset = Dataset(
-            data.samples,
-            SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
-        )
-        self.evaluator = Evaluator(config, topology)
-        self.loader = StepLoader(
-            dataset,
-            data_parallel_size=topology.data_parallel_size,
-            data_parallel_rank=topology.data_parallel_rank,
-            pin_memory=topology.device_type == "cuda",
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-        )
+        self.data = make_data(config, topology)
+        self.loader = self.data.loader()
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)
@@ -74,7 +66,7 @@ class Trainer:
             self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
         self._stop_requested = False
-        self._describe(data.reports, checkpoint)
+        self._describe(checkpoint)
         self._open_records()
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ class Trainer:
         check_resumable(checkpoint.config, self.config, str(checkpoint.path))
         return checkpoint
 
-    def _describe(self, sources: list[SourceReport], checkpoint: Checkpoint | None) -> None:
+    def _describe(self, checkpoint: Checkpoint | None) -> None:
         config, engine = self.config, self.engine
         parameters = sum(math.prod(shape) for shape in engine.state.shapes.values())
         kernel = next(module.name for module in engine.model.modules() if isinstance(module, Attention))
@@ -125,13 +117,8 @@ class Trainer:
             config.data.sequence_length,
             config.data.num_meta_tokens,
         )
-        for source in sources:
-            name = f"{source.name}: " if source.name else ""
-            share = f", {source.share:.2%} of the samples" if source.name else ""
-            LOG.info(
-                "%s%s documents, %s tokens of text%s; the run is %.2f epochs",
-                *(name, f"{source.documents:,}", f"{source.tokens:,}", share, source.epochs),
-            )
+        for line in self.data.describe():
+            LOG.info("%s", line)
         if checkpoint:
             LOG.info("going on from %s", checkpoint.path)
 
@@ -168,7 +155,8 @@ class Trainer:
         config, topology = self.config, self.topology
         peak = config.train.peak_tflops
         peak_flops = peak * 1e12 if peak else measure_peak_flops(topology.device, config.train.precision)
-        self._flops_rate = step_flops(config) / (peak_flops * topology.world_size)
+        slots = config.train.global_batch_size * config.data.sequence_length
+        self._flops_rate = step_flops(config) / slots / (peak_flops * topology.world_size)
         self._durations: deque[float] = deque(maxlen=50)
         if topology.is_main:
             self.display = StepDisplay("training", config.train.num_steps, self.state.step, config.log.interval)
@@ -177,8 +165,8 @@ class Trainer:
             step, last = self.state.step, self.state.step == config.train.num_steps
             if config.train.check_replicas_every and step % config.train.check_replicas_every == 0:
                 check_replicas(self.engine.state, step)
-            sets = self.evaluator.names(final=last)
-            if sets and (last or step % config.eval.interval == 0):
+            sets = self.data.evaluator.names(final=last)
+            if sets and (last or self.data.evaluates(step)):
                 self._evaluate(sets)
             stopping = self.engine.any_rank(self._stop_requested)
             if last or stopping or step % config.checkpoint.interval == 0:
@@ -200,7 +188,8 @@ class Trainer:
         torch.manual_seed(make_key("step", config.run.seed, step, self.topology.data_parallel_rank) >> 1)
         lr = learning_rate(step, config.train.num_steps, config.optimizer)
         try:
-            result = self.engine.train_step(self.loader.read(batch_number, following), lr)
+            batches = self.loader.read(batch_number, following)
+            result = self.engine.train_step(batches, lr)
         except UserError as error:
             untouched = "" if isinstance(error, NonFiniteGradient) else "Nothing was updated; "
             raise UserError(
@@ -208,7 +197,7 @@ class Trainer:
                 f" {self._saved_step()}. Look at the samples, or pass over them with data.skip=[[{batch_number},"
                 f" {following}]]"
             ) from error
-        slots = config.train.global_batch_size * config.data.sequence_length
+        slots = sum(batch.token_BT.numel() for batch in batches) * self.topology.data_parallel_size
         self.state = replace(
             state,
             step=step,
@@ -227,13 +216,13 @@ class Trainer:
             "tokens": self.state.tokens,
             "targets": result.num_targets,
             "tokens_per_second": slots / seconds,
-            "mfu": self._flops_rate / seconds,
+            "mfu": self._flops_rate * slots / seconds,
             "batch": batch_number,
         }
         if not result.applied:
             record["skipped"] = True
         if step % config.log.interval == 0 or step == config.train.num_steps:
-            record["epochs"] = self._data.epochs(following * config.train.global_batch_size)
+            record["epochs"] = self.data.epochs(following)
         self._record_step(record, slots)
 
     def _record_step(self, record: dict[str, Any], slots: int) -> None:
@@ -250,7 +239,7 @@ class Trainer:
 
     def _evaluate(self, sets: list[str]) -> None:
         start = time.perf_counter()
-        results = self.evaluator.run(self.engine, sets)
+        results = self.data.evaluator.run(self.engine, sets)
         step = self.state.step
         values = {
             f"{name}/{measure}": value
@@ -263,11 +252,7 @@ class Trainer:
         if self.tensorboard:
             self.tensorboard.write(step, {f"eval/{name}": value for name, value in values.items()})
         for name, result in results.items():
-            bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-            LOG.info(
-                "step %d · %s: loss %.4f, perplexity %.2f%s (%s targets)",
-                *(step, name, result.loss, result.perplexity, bits, f"{result.targets:,}"),
-            )
+            LOG.info("step %d · %s: %s", step, name, result)
         LOG.info("evaluation took %s", duration(time.perf_counter() - start))
 
     # --- end --------------------------------------------------------------------------------------------------------

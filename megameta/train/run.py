@@ -5,12 +5,16 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from megameta.config import RunConfig
 from megameta.errors import EXIT_FAILURE, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+from megameta.parallel.topology import Topology
+from megameta.train.data import PretrainingData, RunData
 from megameta.train.loop import Trainer
 from megameta.train.setup import load_run_config
 from megameta.validate import validate
@@ -19,7 +23,11 @@ from megameta.validate import validate
 _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed")
 
 
-def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
+def train(
+    path: str | os.PathLike[str],
+    overrides: list[str],
+    make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
+) -> NoReturn:
     """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
@@ -38,7 +46,7 @@ def train(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         )
         validate(config, world_size=topology.world_size, device=device)
         initialize_process_group(topology)
-        code = Trainer(config, topology).run()
+        code = Trainer(config, topology, make_data).run()
         dist.barrier()  # nobody leaves while another rank is still in a collective
         _leave(code)
     except UserError as error:
