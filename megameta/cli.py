@@ -29,6 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="start N processes on this machine; auto: one a GPU (torchrun, deepspeed and srun work too)",
     )
     train.set_defaults(run=_train)
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune on the four tasks, in phases of growing length",
+        description="Fine-tune a model on tasks (finetune.directory, from megameta tasks generate); weights come from"
+        " init.from_checkpoint. Stops and goes on like train.",
+    )
+    _add_config_arguments(finetune)
+    finetune.add_argument("--nproc-per-node", metavar="N", default=None, help="as of train")
+    finetune.set_defaults(run=_finetune)
     evaluate = commands.add_parser(
         "evaluate",
         help="held-out loss, perplexity and bits per byte",
@@ -155,6 +164,17 @@ def _train(arguments: argparse.Namespace) -> int:
         count = _process_count(arguments.nproc_per_node, pick_device("auto"))
         return launch_local(["train", arguments.config, *arguments.overrides], count)
     return train(arguments.config, arguments.overrides)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from megameta.parallel.launch import launch_local, pick_device
+    from megameta.tasks.finetune import TaskData
+    from megameta.train.run import train
+
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        count = _process_count(arguments.nproc_per_node, pick_device("auto"))
+        return launch_local(["finetune", arguments.config, *arguments.overrides], count)
+    return train(arguments.config, arguments.overrides, TaskData)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

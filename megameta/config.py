@@ -221,6 +221,23 @@ class EvalSection(Section):
     """Also evaluate without meta-tokens where training has them."""
 
 
+class FinetuneSection(Section):
+    """Fine-tuning on tasks (``megameta finetune``), in phases of growing length."""
+
+    directory: str | None = None
+    """Directory of ``megameta tasks generate``."""
+    tasks: list[str] = []
+    """Tasks to train and evaluate on. Default: all in the directory."""
+    phases: list[int] = [128, 256, 512, 1024]
+    """Length bins by phase: phase p trains on examples of bins up to its own; all phases have equally many steps."""
+    markers: bool = True
+    """Markers become meta-tokens; false: examples are rendered for models without them."""
+    eval_examples: int = Field(200, ge=0)
+    """Test examples of each task and bin that are evaluated; 0: all."""
+    eval_bins: list[int] = []
+    """Bins that are evaluated. Default: those of the phases, and twice the last."""
+
+
 class InitSection(Section):
     """Where the weights start."""
 
@@ -248,6 +265,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    finetune: FinetuneSection = FinetuneSection()
     init: InitSection = InitSection()
     log: LogSection = LogSection()
     deepspeed: dict[str, Any] = {}

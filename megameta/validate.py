@@ -8,7 +8,8 @@ from megameta.errors import UserError
 
 def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     """What is wrong with a configuration for a world of this size on "cpu" or "cuda": keys and a remedy, each."""
-    return [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *layout_problems(config, device)]
+    found = [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *_finetune(config)]
+    return found + layout_problems(config, device)
 
 
 def validate(config: RunConfig, *, world_size: int, device: str) -> None:
@@ -108,6 +109,31 @@ def _steps(config: RunConfig) -> list[str]:
         found.append(
             f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {decay} is above"
             f" train.num_steps {steps}"
+        )
+    return found
+
+
+def _finetune(config: RunConfig) -> list[str]:
+    tuning, found = config.finetune, []
+    if tuning.directory is None:
+        return []
+    if not tuning.phases or tuning.phases != sorted(set(tuning.phases)):
+        found.append(f"finetune.phases {tuning.phases}: length bins, ascending, at least one")
+    elif config.train.num_steps % len(tuning.phases):
+        found.append(
+            f"train.num_steps {config.train.num_steps} does not divide by the {len(tuning.phases)} phases of"
+            f" finetune.phases: {-(-config.train.num_steps // len(tuning.phases)) * len(tuning.phases)} would do"
+        )
+    elif tuning.phases[-1] > config.data.sequence_length:
+        found.append(
+            f"finetune.phases end at {tuning.phases[-1]} tokens, data.sequence_length is {config.data.sequence_length}:"
+            " raise it"
+        )
+    if config.data.tokenizer is None:
+        found.append("finetune.directory needs data.tokenizer, which encodes the examples")
+    if tuning.markers is False and config.model.meta_attention:
+        found.append(
+            "finetune.markers=false leaves the meta branch nothing to do: set model.meta_attention=false, or keep them"
         )
     return found
 

@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "parallel.*",
     "checkpoint.*",
     "eval.*",
+    "finetune.directory",
+    "finetune.eval_*",
     "log.*",
     "init.*",
     "deepspeed*",

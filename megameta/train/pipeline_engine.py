@@ -49,11 +49,10 @@ class PipelineEngine(Engine):
             self.engine.module._synchronize_tied_weights()
 
     def _sum_scores(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, list[int]]:
-        batches = iter(batches)
         total = torch.zeros(3, dtype=torch.float64, device=self.topology.device)
         counts = [0, 0, 0]
         self.loss.scoring = True
-        while chunk := list(itertools.islice(batches, EVALUATED_TOGETHER)):
+        for chunk in _like_shapes(batches):
             self._expect(chunk)
             self.engine.eval_batch(_items(chunk), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             total += self._take_sums()
@@ -74,6 +73,13 @@ class PipelineEngine(Engine):
         """Sum of the micro-batches' losses since the last call; 0 on all stages but the last."""
         sums, self.loss.sums = self.loss.sums, []
         return sum(sums, torch.zeros((), dtype=torch.float64, device=self.topology.device))
+
+
+def _like_shapes(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Neighbours of one shape, EVALUATED_TOGETHER at most."""
+    for _, group in itertools.groupby(batches, key=lambda batch: (batch.token_BT.shape, batch.num_meta_columns)):
+        while chunk := list(itertools.islice(group, EVALUATED_TOGETHER)):
+            yield chunk
 
 
 def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
