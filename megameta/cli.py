@@ -110,6 +110,18 @@ def _add_tasks(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--seed", type=int, default=None)
     add("--overwrite", action="store_true", help="replace a directory that is there")
     generate.set_defaults(run=_tasks_generate)
+    evaluate = parts.add_parser(
+        "evaluate",
+        help="accuracy of a fine-tuned model by task, bin and difficulty",
+        description="Score a run, checkpoint or export on test examples: exact match of the whole answer, as greedy"
+        " decoding gives it, with 95 % intervals (Wilson). A run brings its configuration; overrides may name other"
+        " examples (finetune.directory=DIR finetune.eval_examples=0 finetune.eval_bins=[512]) or switches of the model"
+        " (model.zero_meta_positions=true).",
+    )
+    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
+    evaluate.set_defaults(run=_tasks_evaluate)
     show = parts.add_parser("show", help="print examples, as models with and without meta-tokens read them")
     show.add_argument("file", metavar="FILE", help="a .jsonl of tasks generate")
     show.add_argument("--count", type=int, default=3, metavar="N")
@@ -209,6 +221,12 @@ def _tasks_generate(arguments: argparse.Namespace) -> int:
 
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     return generate_tasks({key: value for key, value in given.items() if key not in ("command", "part", "run")})
+
+
+def _tasks_evaluate(arguments: argparse.Namespace) -> int:
+    from megameta.commands.evaluate_tasks import evaluate_tasks
+
+    return evaluate_tasks(arguments.source, arguments.overrides, json_path=arguments.json)
 
 
 def _tasks_show(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from megameta.parallel.topology import Topology
 from megameta.tasks.examples import encode_example, read_examples
 from megameta.tasks.finetune import PhaseOrder, TaskEvaluator, TaskLoader, load_examples
 from megameta.tasks.generate import TaskOptions, generate
+from megameta.tasks.score import wilson
 from megameta.tasks.words import WORDS
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.setup import build_model
@@ -194,6 +195,38 @@ def test_resume_is_exact(folder, alone):
     losses, evaluations, said = run(folder, "again")
     assert "going on from" in said
     assert losses == alone[0] and evaluations[8] == alone[1][8]
+
+
+def test_evaluate_says_the_same_as_the_run(folder, alone):
+    """In one process, by cells, from the run's checkpoint and from its HuggingFace export."""
+    from megameta.commands.evaluate_tasks import evaluate_tasks
+    from megameta.hf.convert import checkpoint_to_hf
+
+    checkpoint_to_hf(folder / "alone", folder / "export")
+    tasks = f"finetune.directory={folder / 'tasks'}"
+    options = [tasks, "finetune.phases=[64,128]", "finetune.eval_examples=9", f"run.dir={folder / 'scored'}"]
+    for source, overrides in ((folder / "alone", []), (folder / "export", options)):
+        evaluate_tasks(str(source), overrides, json_path=str(folder / "scores.json"))
+        cells = json.loads((folder / "scores.json").read_text())["cells"]
+        for name, expected in alone[1][8].items():
+            task, _, size = name.partition("/")
+            here = [cell for cell in cells if (cell["task"], str(cell["bin"])) == (task, size)]
+            (whole,) = [cell for cell in here if cell["difficulty"] == "all"]
+            assert whole["accuracy"] == expected["accuracy"] and whole["examples"] == 9
+            assert whole["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            parts = [cell for cell in here if cell["difficulty"] != "all"]
+            assert sum(cell["examples"] for cell in parts) == 9
+            right = sum(cell["accuracy"] * cell["examples"] for cell in parts)
+            assert right / 9 == pytest.approx(whole["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "expected"),
+    # R: prop.test(x, n, correct=FALSE)$conf.int
+    [(0, 10, (0.0, 0.2775328)), (5, 10, (0.2365931, 0.7634069)), (990, 1000, (0.9817, 0.9946)), (0, 0, (0.0, 1.0))],
+)
+def test_intervals(successes, count, expected):
+    assert wilson(successes, count) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize(
