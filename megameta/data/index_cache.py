@@ -67,7 +67,7 @@ class IndexCache:
             with _lock(self.directory / f"{family}.lock"):
                 found = _load(place)  # another process may have made it while this one waited
                 if found is None:
-                    LOG.info("making the order of the data: %s", place)
+                    LOG.info("making %s", place)
                     made = make()
                     _store(place, made)
                     self._forget(family, number - 2)

@@ -49,7 +49,8 @@ class PretrainingData:
         self.evaluator: RunEvaluator = Evaluator(config, topology)
 
     def describe(self) -> list[str]:
-        lines = []
+        data = self.config.data
+        lines = [f"sequences of {data.sequence_length} slots: {data.num_meta_tokens} meta-tokens, the rest text"]
         for source in self._data.reports:
             name = f"{source.name}: " if source.name else ""
             share = f", {source.share:.2%} of the samples" if source.name else ""

@@ -106,7 +106,7 @@ class Trainer:
         kernel = next(module.name for module in engine.model.modules() if isinstance(module, Attention))
         LOG.info("run %s: %s parameters", config.run.dir, f"{parameters:,}")
         LOG.info(
-            "%d rank(s) on %s (%s), attention %s; %d × %d × %d sequences of %d slots (%d meta-tokens)",
+            "%d rank(s) on %s (%s), attention %s; %d × %d × %d sequences a step",
             self.topology.world_size,
             self.topology.device_type,
             describe_layout(config, self.topology),
@@ -114,8 +114,6 @@ class Trainer:
             config.train.micro_batch_size,
             engine.accumulation_steps,
             self.topology.data_parallel_size,
-            config.data.sequence_length,
-            config.data.num_meta_tokens,
         )
         for line in self.data.describe():
             LOG.info("%s", line)
