@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 Position = Literal["rope", "ape", "none", "rnope"]
+PositionScaling = Literal["none", "linear", "ntk", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of each head's width that is rotated (1.0: all of it; GPT-NeoX uses 0.25)."""
+    position_scaling: PositionScaling = "none"
+    """Context extension of rope, rnope: yarn, ntk (a larger base), linear (positions interpolated); see docs."""
+    position_scaling_factor: float = 1.0
+    """How many times the original window the model shall reach."""
+    original_max_position_embeddings: int = 0
+    """Window before the extension, which yarn's frequencies depend on. Default: max_position_embeddings."""
+    yarn_beta_fast: float = 32.0
+    """yarn: channels that turn more often than this in the original window stay as they are."""
+    yarn_beta_slow: float = 1.0
+    """yarn: channels that turn less often than this are interpolated in full."""
+    yarn_attention_factor: float = 1.0
+    """yarn: times 0.1 · ln(factor) + 1 it multiplies cos and sin, so logits by its square."""
     meta_attention: bool = True
     """Whether each block has the meta-attention branch."""
     zero_meta_positions: bool = False
@@ -68,6 +81,7 @@ class ModelConfig:
         defaults = {
             "meta_token_id": (-1, self.vocab_size - 1),
             "num_key_value_heads": (0, self.num_heads),
+            "original_max_position_embeddings": (0, self.max_position_embeddings),
             "intermediate_size": (0, 4 * self.hidden_size),
         }
         for name, (unset, value) in defaults.items():
@@ -86,6 +100,15 @@ class ModelConfig:
         if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.position_scaling != "none" and not self.uses_rope:
+            raise ValueError(
+                f"position_scaling {self.position_scaling} extends rotary positions, and position is {self.position}:"
+                " learned positions end at their window, and none has nothing to scale"
+            )
+        if self.position_scaling_factor < 1 or (self.position_scaling == "none" and self.position_scaling_factor != 1):
+            raise ValueError(
+                f"position_scaling_factor {self.position_scaling_factor} is at least 1, and 1 without position_scaling"
             )
         if self.uses_rope and (self.rotary_size < 2 or self.rotary_size % 2):
             raise ValueError(

@@ -99,7 +99,7 @@ def make_context(
 
 
 def _rotation(config: ModelConfig, position_BT: Tensor) -> Rotation | None:
-    return rotation_at(position_BT, config.rotary_size, config.rope_theta) if config.uses_rope else None
+    return rotation_at(position_BT, config) if config.uses_rope else None
 
 
 def _row_mask(order_T: Tensor, past: int, document_BT: Tensor | None, document_BS: Tensor | None) -> Mask:

@@ -134,11 +134,38 @@ def rope(config: ModelConfig, x_TK: Tensor, position_T: Tensor) -> Tensor:
     """Rotate the pairs (i, i + R/2) of the first R channels by position · θ^(−2i/R)."""
     size = round(config.rotary_fraction * x_TK.shape[1])
     half = size // 2
-    frequency = config.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    frequency, scale = frequencies(config, size)
     angle = position_T[:, None].to(torch.float32) * frequency[None, :]
-    cos, sin = torch.cos(angle).double(), torch.sin(angle).double()
+    cos, sin = (torch.cos(angle) * scale).double(), (torch.sin(angle) * scale).double()
     a, b = x_TK[:, :half], x_TK[:, half:size]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x_TK[:, size:]), dim=1)
+
+
+def frequencies(config: ModelConfig, size: int) -> tuple[Tensor, float]:
+    """Angle a position of each pair, float32, and what multiplies cos and sin, by the YaRN paper (§2 and §3): γ = 0,
+    a ramp, or 1 by the turns of a pair in the original window; the ramp over whole pairs, as in its code.
+    """
+    if config.position_scaling == "none":
+        return config.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size), 1.0
+    factor = config.position_scaling_factor
+    plain = [config.rope_theta ** -(2 * pair / size) for pair in range(size // 2)]
+    if config.position_scaling == "linear":
+        return torch.tensor([value / factor for value in plain], dtype=torch.float32), 1.0
+    if config.position_scaling == "ntk":
+        base = config.rope_theta * factor ** (size / (size - 2))
+        return torch.tensor([base ** -(2 * pair / size) for pair in range(size // 2)], dtype=torch.float32), 1.0
+    bounds = []
+    for turns in (config.yarn_beta_fast, config.yarn_beta_slow):
+        # turns = window · theta^(−2i / size) / 2π, solved for i
+        wavelength = config.original_max_position_embeddings / (2 * math.pi * turns)
+        bounds.append(math.log(wavelength, config.rope_theta) * size / 2)
+    low, high = max(0, math.floor(bounds[0])), min(size - 1, math.ceil(bounds[1]))
+    found = []
+    for pair, value in enumerate(plain):
+        keep = 1.0 if pair <= low else 0.0 if pair >= high else 1 - (pair - low) / (high - low)
+        found.append(keep * value + (1 - keep) * value / factor)
+    scale = config.yarn_attention_factor * (1 + math.log(factor) / 10)
+    return torch.tensor(found, dtype=torch.float32), scale
 
 
 def norm(config: ModelConfig, state: State, prefix: str, x: Tensor) -> Tensor:

@@ -42,7 +42,12 @@ OPTIONS: dict[str, list] = {
     "parallel_residual": [False, True],
     "grad": [False, True],
 }
-CONFIG_KEYS = ("position", "zero_meta_positions", "num_key_value_heads", "parallel_residual")
+#: Position scaling needs rope, so that it is no option of the covering choice.
+SCALED = {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0}
+CONFIG_KEYS = (*SCALED, "position", "zero_meta_positions", "num_key_value_heads", "parallel_residual")
+
+
+COVERING = covering(OPTIONS)
 
 
 def decode(
@@ -73,9 +78,9 @@ def decode(
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("case", covering(OPTIONS), ids=case_id)
+@pytest.mark.parametrize("case", [*COVERING, *({**case, **SCALED} for case in COVERING[:4])], ids=case_id)
 def test_decoding_equals_the_full_forward(case: dict[str, Any]) -> None:
-    config = small_config(bias=True, **{key: case[key] for key in CONFIG_KEYS})
+    config = small_config(bias=True, **{key: case[key] for key in CONFIG_KEYS if key in case})
     model = small_model(config, case["dtype"])
     token, document = make_tokens(config, case["metas"]), make_documents(case["documents"])
     position = make_positions(case["positions"], document)

@@ -43,7 +43,22 @@ OPTIONS: dict[str, list] = {
     "vocab_multiple": [1, 64],
 }
 BATCH_KEYS = ("metas", "documents", "positions", "columns", "vocab_multiple")
+#: Position scaling needs rope, so that it is no option of the covering choice.
+SCALED = covering(
+    {
+        "position_scaling": ["linear", "ntk", "yarn"],
+        "position": ["rope", "rnope"],
+        "position_scaling_factor": [1.0, 4.0, 8.0],
+        "zero_meta_positions": [False, True],
+        "rotary_fraction": [1.0, 0.5],
+        "documents": ["one", "packed"],
+        "positions": ["default", "scattered"],
+        "yarn_attention_factor": [1.0, 0.7],
+        "original_max_position_embeddings": [0, 16, 2048],
+    }
+)
 CASES = covering(OPTIONS)
+SCALED = [{**CASES[0], **case} for case in SCALED]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -77,6 +92,11 @@ def gradient_scale(name: str, state: dict[str, torch.Tensor]) -> float:
     branch = name.split("attention.")[0] + "attention.v_proj."
     scale = max(float(value.grad.abs().max()) for key, value in state.items() if key.startswith(branch))
     return scale if float(grad.abs().max()) < 1e-12 * scale else 0.0
+
+
+@pytest.mark.parametrize("case", SCALED, ids=case_id)
+def test_scaled_positions(case: dict[str, Any]) -> None:
+    test_outputs_and_gradients(case, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -181,7 +201,7 @@ def test_angles_agree_with_float64_angles(fraction: float) -> None:
     frequency = torch.tensor([10000.0 ** (-2 * i / size) for i in range(size // 2)], dtype=torch.float64)
     angle = position[0, :, None].double() * frequency
     x = torch.randn(1, 1, 6, config.head_size, dtype=torch.float64)
-    y = rotate(x, rotation_at(position, size, config.rope_theta))
+    y = rotate(x, rotation_at(position, config))
     pairs = torch.complex(x[0, 0, :, : size // 2], x[0, 0, :, size // 2 : size]) * torch.polar(
         torch.ones_like(angle), angle
     )
