@@ -1,11 +1,10 @@
 """Show what is in an indexed dataset (PREFIX.bin, PREFIX.idx); --verify reads all of it."""
 
 import argparse
-import sys
-import time
 
 from megameta.data.indexed import IndexedDataset
 from megameta.data.inspect_dataset import describe, first_documents, location_of, verify
+from megameta.data.progress import ProgressLine
 from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError, run_tool
 
@@ -13,23 +12,6 @@ EXAMPLE = """\
 example:
   python tools/inspect_dataset.py corpus_text_document --tokenizer tokenizer --verify
 """
-
-
-class Progress:
-    """A line every few seconds, on standard error."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._began = time.monotonic()
-        self._next = self._began + 5.0
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + 5.0
-            rate = done / (now - self._began)
-            left = (self._total - done) / rate
-            print(f"read {done:,} of {self._total:,} tokens, left {left:,.0f} s", file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +37,7 @@ def main() -> None:
     if not args.verify:
         return
     vocab_size, eod = (args.vocab_size, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.eod_id)
-    found = verify(dataset, vocab_size, eod, Progress(dataset.num_tokens))
+    found = verify(dataset, vocab_size, eod, ProgressLine(dataset.num_tokens, "tokens"))
     print(f"read {found.num_tokens:,} tokens: ids {found.smallest} to {found.largest}")
     if vocab_size is None:
         print("neither --tokenizer nor --vocab-size, so ids are checked to be 0 or more only")

@@ -5,10 +5,9 @@ Takes the flags of Megatron-LM's tool of this name, and writes the bytes that it
 
 import argparse
 import os
-import sys
-import time
 
 from megameta.data.indexed import IndexedDataset, dataset_exists, dataset_prefix, merge_datasets
+from megameta.data.progress import ProgressLine
 from megameta.errors import UserError, run_tool
 
 EXAMPLE = """\
@@ -18,26 +17,6 @@ examples:
   python tools/merge_datasets.py --input a_text_document --output-prefix wide --dtype int32  # an export
 """
 TYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
-_INTERVAL = 5.0
-
-
-class Progress:
-    """A line every few seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._began = time.monotonic()
-        self._next = self._began + _INTERVAL
-
-    def __call__(self, tokens: int) -> None:
-        self._done += tokens
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _INTERVAL
-            rate = self._done / (now - self._began)
-            left = (self._total - self._done) / rate
-            text = f"{self._done:,} of {self._total:,} tokens, {rate / 1e6:,.1f} M tokens/s, left {left:,.0f} s"
-            print(text, file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +54,14 @@ def main() -> None:
         what = "is already there" if dataset_exists(output) else "is there in part"
         raise UserError(f"{output}.bin/.idx {what}: give another --output-prefix, or --overwrite to replace it")
     total = sum(IndexedDataset(prefix).num_tokens for prefix in prefixes)
-    merge_datasets(prefixes, output, args.dtype, Progress(total))
+    progress, done = ProgressLine(total, "tokens"), 0
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done)
+
+    merge_datasets(prefixes, output, args.dtype, count)
     made = IndexedDataset(output)
     print(
         f"{output}.bin, .idx: {made.num_documents:,} documents, {made.num_tokens:,} tokens ({made.dtype}) "

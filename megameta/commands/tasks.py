@@ -1,42 +1,32 @@
 """``megameta tasks``: make the four tasks' datasets, and look at them."""
 
 import itertools
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megameta.data.progress import ProgressLine
 from megameta.tasks.examples import read_examples, render
 from megameta.tasks.generate import Summary, TaskOptions, generate
 
-_INTERVAL = 5.0
 
-
-class _Progress:
+def _progress() -> Callable[[str, int, int], None]:
     """A line every few seconds with what is left of a task."""
+    lines: dict[str, ProgressLine] = {}
 
-    def __init__(self) -> None:
-        self._task = ""
-        self._began = self._next = 0.0
+    def show(task: str, made: int, total: int) -> None:
+        lines.setdefault(task, ProgressLine(total, "examples", f"{task}: "))(made)
 
-    def __call__(self, task: str, made: int, total: int) -> None:
-        now = time.monotonic()
-        if task != self._task:
-            self._task, self._began, self._next = task, now, now + _INTERVAL
-        if now >= self._next or made == total:
-            self._next = now + _INTERVAL
-            rate = made / max(now - self._began, 1e-9)
-            left = f", left {(total - made) / rate:,.0f} s" if made < total else ""
-            print(f"{task}: {made:,} of {total:,} examples, {rate:,.0f}/s{left}", file=sys.stderr, flush=True)
+    return show
 
 
 def generate_tasks(given: dict[str, Any]) -> int:
     """Make the datasets that the command line asks for, and print what they hold."""
     options = TaskOptions(**given)
-    summaries = generate(options, _Progress())
+    summaries = generate(options, _progress())
     console = Console()
     table = Table(title=options.output)
     for column in ("task", "train", "test", "cells (bin × difficulty)", "cells that nothing fits", "drawn again"):
