@@ -29,7 +29,6 @@ from typing import Any
 
 import yaml
 
-from megameta.checkpoint.files import sha256, write_text_atomically
 from megameta.checkpoint.manifest import (
     CONFIG,
     KINDS,
@@ -45,6 +44,7 @@ from megameta.checkpoint.ranks import Alone, Ranks, exchange
 from megameta.checkpoint.tensor_file import StoredTensors
 from megameta.config import RunConfig, build_config
 from megameta.errors import UserError
+from megameta.files import sha256, write_text_atomically
 
 LATEST = "latest"
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megameta.checkpoint import open_checkpoint
-from megameta.checkpoint.files import write_text_atomically
 from megameta.config import RunConfig, apply_overrides, build_config
 from megameta.errors import UserError
+from megameta.files import write_text_atomically
 from megameta.parallel.launch import pick_device
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator

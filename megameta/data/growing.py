@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from megameta.data.index_format import CODE_OF_DTYPE, MAGIC, VERSION
 from megameta.errors import UserError
+from megameta.files import sync, sync_file
 
 COPY_BYTES = 16 << 20
 #: Sequences whose byte offsets are computed at a time.
@@ -175,17 +176,4 @@ def publish(paths: GrowingPaths, prefix: str) -> None:
         os.replace(paths.tokens, prefix + ".bin")
     if os.path.exists(paths.index):
         os.replace(paths.index, prefix + ".idx")
-    sync_directory(Path(prefix).parent)
-
-
-def sync_file(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(Path(prefix).parent)

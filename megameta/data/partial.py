@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megameta.data.growing import GrowingDataset, GrowingPaths, Lengths, sync_directory, sync_file
+from megameta.data.growing import GrowingDataset, GrowingPaths, Lengths
 from megameta.data.readers import Position
 from megameta.errors import UserError
+from megameta.files import sync, sync_file
 
 FORMAT = 1
 
@@ -131,7 +132,7 @@ class PartialOutput:
             file.write(json.dumps(value).encode())
             sync_file(file)
         os.replace(temporary, self.directory / name)
-        sync_directory(self.directory)
+        sync(self.directory)
 
     def remove(self) -> None:
         """Throw the work away: the journal first, so that a kill meanwhile leaves nothing that counts."""

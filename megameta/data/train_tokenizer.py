@@ -5,7 +5,6 @@ Training is deterministic: the same inputs and seed give the same files.
 
 import io
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megameta.data.tokenizer import (
     load_tokenizer,
 )
 from megameta.errors import UserError
+from megameta.files import whole_directory
 
 #: Sentencepiece trains on sentences; longer pieces of a document are cut at this many characters.
 _SENTENCE_CHARS = 4000
@@ -131,22 +131,16 @@ def train_tokenizer(
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} is not empty: give another --output, or --overwrite to replace it")
     sample = TextSample(inputs, key, sample_bytes, seed=seed, on_progress=on_progress)
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        if kind == "bpe":
-            train_bpe(iter(sample), vocab_size, work)
-        else:
-            train_sentencepiece(iter(sample), vocab_size, work, model_type)
-        loaded = load_tokenizer(work)
-        if loaded.vocab_size != vocab_size:
-            raise UserError(f"the tokenizer has {loaded.vocab_size} ids, not {vocab_size} as asked for; give more text")
-        checked = check_round_trip(loaded, sample.to_check)
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
+        with whole_directory(target) as work:
+            if kind == "bpe":
+                train_bpe(iter(sample), vocab_size, work)
+            else:
+                train_sentencepiece(iter(sample), vocab_size, work, model_type)
+            loaded = load_tokenizer(work)
+            if loaded.vocab_size != vocab_size:
+                raise UserError(f"the tokenizer has {loaded.vocab_size} ids, not {vocab_size} as asked; give more text")
+            checked = check_round_trip(loaded, sample.to_check)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return loaded, checked

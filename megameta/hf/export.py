@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from megameta.data.tokenizer import Tokenizer
 from megameta.errors import UserError
+from megameta.files import whole_directory
 from megameta.hf.bundle import MODELING_FILE, bundle_source
 from megameta.hf.card import make_card
 from megameta.hf.gpt2 import fits_gpt2, make_gpt2_config
@@ -73,7 +72,7 @@ def export_to_hf(
     stored = cast(tensors, dtype)
     num_parameters = sum(math.prod(stored.shape(name)) for name in stored)
     stored_dtype = stored.entry(next(iter(stored))).dtype
-    with _appears_whole(output, overwrite) as directory:
+    with _appears_whole(output) as directory:
         pad_id = _write_tokenizer(config, tokenizer, directory)
         _hf_config(config, stored_dtype).save_pretrained(directory)
         _generation_config(config, tokenizer, pad_id).save_pretrained(directory)
@@ -116,26 +115,12 @@ def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
 
 
 @contextlib.contextmanager
-def _appears_whole(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling directory that takes the place of ``output`` at the end, or vanishes on an error."""
-    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+def _appears_whole(output: Path) -> Iterator[Path]:
     try:
-        temporary.mkdir(parents=True)
+        with whole_directory(output) as work:
+            yield work
     except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
-    old = None
-    try:
-        yield temporary
-        if overwrite and output.is_dir():
-            old = output.rename(temporary.with_suffix(".old"))
-        temporary.rename(output)  # takes the place of an empty directory, too
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old is not None and not output.exists():
-            old.rename(output)
-        raise
-    if old is not None:
-        shutil.rmtree(old)
+        raise UserError(f"cannot write to {output.parent}: {error.strerror or error}") from error
 
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype) -> "PretrainedConfig":

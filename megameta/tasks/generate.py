@@ -8,7 +8,6 @@ DIRECTORY/tasks.json                     what it was made of: seed, tokenizer, c
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
+from megameta.files import whole_directory
 from megameta.tasks.cards import card, harness_files
 from megameta.tasks.definitions import DIFFICULTIES, TASKS
 from megameta.tasks.draws import Draws
@@ -121,18 +121,12 @@ def generate(options: TaskOptions, on_progress: Callable[[str, int, int], None] 
     target = Path(options.output)
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} is already there: give another --output, or --overwrite to replace it")
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        summaries = [_make_task(options, name, tokenizer, work, on_progress) for name in options.tasks]
-        _describe(options, tokenizer, summaries, work)
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
+        with whole_directory(target) as work:
+            summaries = [_make_task(options, name, tokenizer, work, on_progress) for name in options.tasks]
+            _describe(options, tokenizer, summaries, work)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return summaries
 
 

@@ -23,12 +23,12 @@ from megameta.checkpoint import (
     prune,
     save_distributed,
 )
-from megameta.checkpoint.files import write_text_atomically
 from megameta.checkpoint.store import point_latest, step_name
 from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.files import write_text_atomically
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.data import PretrainingData, RunData

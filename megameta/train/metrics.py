@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megameta.checkpoint.files import write_text_atomically
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.files import write_text_atomically
 from megameta.model.flops import forward_flops
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megameta.checkpoint import files, save, store
+from megameta import files
+from megameta.checkpoint import save, store
 from megameta.checkpoint.manifest import read_manifest
 from megameta.checkpoint.save import save_weights, write_checkpoint
 from megameta.checkpoint.store import (

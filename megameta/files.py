@@ -3,7 +3,10 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -19,8 +22,7 @@ def write_synced(path: Path, text: str) -> tuple[int, str]:
     data = text.encode()
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return len(data), hashlib.sha256(data).hexdigest()
 
 
@@ -46,10 +48,31 @@ def replace_directory(work: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)  # prune removes what is left
 
 
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside ``path`` that takes its name when the block ends well, in place of what is there
+    (callers refuse that where they must), and vanishes otherwise. What a killed process left goes with the next."""
+    work = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        replace_directory(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Bring what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
