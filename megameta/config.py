@@ -92,7 +92,9 @@ class DataSection(Section):
     sequence_length: int = Field(1024, ge=2)
     """Slots T of a sequence, meta-tokens included."""
     meta_token_fraction: float = Field(0.1, ge=0.0, le=0.5)
-    """k: a sequence holds floor(k · T) meta-tokens at random places."""
+    """k: a sequence holds floor(k · T) meta-tokens."""
+    meta_token_placement: Literal["random", "periodic"] = "random"
+    """Where they stand: drawn anew for every sample, or evenly spaced, the same in all."""
     document_mask: bool = False
     """Keep attention and loss inside documents."""
     reset_positions: bool = False

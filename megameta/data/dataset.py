@@ -34,7 +34,8 @@ class SampleFormat:
     """How text becomes a sample.
 
     Attributes:
-        num_meta_tokens: M, injected at random places of the T = L + M slots.
+        num_meta_tokens: M, injected into the T = L + M slots.
+        periodic: they are evenly spaced, not at random places.
         skip_first_target: give the sample's first text token no loss, even where a leading meta-token predicts it; a
             model without meta-tokens cannot predict it, so evaluation leaves it out (spec §4, "Twin").
         vocab_size: text with ids from here on is refused; None: not checked.
@@ -48,6 +49,7 @@ class SampleFormat:
     reset_positions: bool = False
     skip_first_target: bool = False
     vocab_size: int | None = None
+    periodic: bool = False
 
     @classmethod
     def of(cls, data: DataSection, meta_token_id: int, seed: int, vocab_size: int | None = None) -> "SampleFormat":
@@ -60,6 +62,7 @@ class SampleFormat:
             document_mask=data.document_mask,
             reset_positions=data.reset_positions,
             vocab_size=vocab_size,
+            periodic=data.meta_token_placement == "periodic",
         )
 
     @property
@@ -73,6 +76,11 @@ def meta_positions(seed: int, index: int, length: int, count: int) -> Ints:
     return choose(make_key(seed, "meta-tokens", index), length, count)
 
 
+def periodic_positions(length: int, count: int) -> Ints:
+    """Slots of ``count`` evenly spaced meta-tokens, ascending: the middle of each of as many equal parts (ours)."""
+    return (2 * np.arange(count, dtype=np.int64) + 1) * length // (2 * max(1, count))
+
+
 def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
     """Inject meta-tokens into L + 1 text tokens and say which slots have a loss.
 
@@ -83,7 +91,10 @@ def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:
     _check_ids(text, index, form)
     length = form.sequence_length
     is_text = np.ones(length + 1, dtype=bool)
-    is_text[meta_positions(form.seed, index, length, form.num_meta_tokens)] = False
+    count = form.num_meta_tokens
+    is_text[periodic_positions(length, count) if form.periodic else meta_positions(form.seed, index, length, count)] = (
+        False
+    )
     slots = np.full(length + 1, form.meta_token_id, dtype=np.int64)
     slots[is_text] = text.token_L
     label_T = np.where(is_text[1:], slots[1:], IGNORE_INDEX)

@@ -149,3 +149,13 @@ def test_text_of_another_tokenizer_is_refused(vocabulary, meta, message):
         build_sample(make_text(4), 3, SampleFormat(4, 1, meta, 0, vocab_size=vocabulary))
     # A baseline without meta-tokens may have text in the last id.
     assert build_sample(make_text(4), 3, SampleFormat(4, 0, 104, 0, vocab_size=105)).label_T.tolist()[-1] == 104
+
+
+def test_periodic_places_are_golden_and_different():
+
+    assert periodic_positions(32, 4).tolist() == [4, 12, 20, 28]
+    assert periodic_positions(30, 4).tolist() == [3, 11, 18, 26]
+    assert periodic_positions(10, 0).tolist() == []
+    for length, count in ((1024, 102), (7, 7), (9, 5)):
+        places = periodic_positions(length, count)
+        assert len(set(places.tolist())) == count and places[0] >= 0 and places[-1] < length
