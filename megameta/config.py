@@ -93,7 +93,7 @@ class DataSection(Section):
     """Slots T of a sequence, meta-tokens included."""
     meta_token_fraction: float = Field(0.1, ge=0.0, le=0.5)
     """k: a sequence holds floor(k · T) meta-tokens."""
-    meta_token_placement: Literal["random", "periodic"] = "random"
+    meta_token_placement: Literal["random", "periodic"] = "random"  # noqa: S105
     """Where they stand: drawn anew for every sample, or evenly spaced, the same in all."""
     document_mask: bool = False
     """Keep attention and loss inside documents."""

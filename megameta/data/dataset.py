@@ -62,7 +62,7 @@ class SampleFormat:
             document_mask=data.document_mask,
             reset_positions=data.reset_positions,
             vocab_size=vocab_size,
-            periodic=data.meta_token_placement == "periodic",
+            periodic=data.meta_token_placement == "periodic",  # noqa: S105
         )
 
     @property

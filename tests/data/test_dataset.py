@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megameta.config import DataSection
 from megameta.data import dataset as module
-from megameta.data.dataset import IGNORE_INDEX, SampleFormat, build_sample, meta_positions
+from megameta.data.dataset import IGNORE_INDEX, SampleFormat, build_sample, meta_positions, periodic_positions
 from megameta.data.samples import Text
 from megameta.errors import UserError
 
