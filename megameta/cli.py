@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     _add_tokenizer(commands)
     _add_tasks(commands)
+    _add_reproduce(commands)
     _add_plan(commands)
     config = commands.add_parser("config", help="show, check or describe a configuration")
     parts = config.add_subparsers(dest="part", required=True, metavar="PART")
@@ -126,6 +127,27 @@ def _add_tasks(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     show.add_argument("file", metavar="FILE", help="a .jsonl of tasks generate")
     show.add_argument("--count", type=int, default=3, metavar="N")
     show.set_defaults(run=_tasks_show)
+
+
+def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="a figure or table of the paper, from nothing to the report",
+        description="Pre-train the models that are compared, fine-tune and evaluate them, and write a report with the"
+        " paper's numbers beside ours: OUTPUT/TARGET/report.md. Interrupted and started again, it goes on.",
+    )
+    reproduce.add_argument("target", choices=("figure1", "table1", "table2", "ppl", "inference"))
+    reproduce.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the scale")
+    reproduce.add_argument(
+        "--scale", default="cpu", metavar="SCALE", help="cpu (default), cpu-full, gpu-30min, paper, or a YAML file"
+    )
+    reproduce.add_argument("--output", default=None, metavar="DIR", help="for all targets (default: reproduce/SCALE)")
+    reproduce.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (one a GPU or core)")
+    reproduce.add_argument(
+        "--time-limit", type=float, default=None, metavar="MINUTES", help="stop then, to go on later"
+    )
+    reproduce.add_argument("--dry-run", action="store_true", help="only list what is to be done")
+    reproduce.set_defaults(run=_reproduce)
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -233,6 +255,22 @@ def _tasks_show(arguments: argparse.Namespace) -> int:
     from megameta.commands.tasks import show_tasks
 
     return show_tasks(arguments.file, arguments.count)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from megameta.commands.reproduce import reproduce
+
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError("--jobs is at least 1")
+    return reproduce(
+        arguments.target,
+        arguments.scale,
+        arguments.overrides,
+        output=arguments.output,
+        jobs=arguments.jobs,
+        time_limit=arguments.time_limit,
+        dry_run=arguments.dry_run,
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:

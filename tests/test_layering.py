@@ -18,6 +18,7 @@ PACKAGE = "megameta"
 #: From top to bottom. Names joined by "+" count as one part.
 LAYERS: list[list[str]] = [
     ["tools", "cli+commands+__main__"],
+    ["reproduce"],
     ["quickstart"],
     ["tasks", "analysis"],
     ["train", "hf"],

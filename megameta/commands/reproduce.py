@@ -1,0 +1,77 @@
+"""``megameta reproduce``: a figure or table of the paper at a scale, from nothing to the report."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from megameta.errors import EXIT_INTERRUPTED, EXIT_OK
+from megameta.files import write_text_atomically
+
+
+def reproduce(
+    target: str,
+    scale_name: str,
+    overrides: list[str],
+    *,
+    output: str | None,
+    jobs: int | None,
+    time_limit: float | None,
+    dry_run: bool,
+) -> int:
+    """Run what is not done yet and write OUTPUT/TARGET/report.md.
+
+    Args:
+        output: directory of all targets of a scale, which share their runs. Default: reproduce/SCALE.
+        jobs: runs at a time.
+        time_limit: minutes after which to stop; the next start goes on.
+        dry_run: only list the jobs.
+    """
+    from megameta.reproduce.jobs import JobRunner, Stopped
+    from megameta.reproduce.report import document
+    from megameta.reproduce.runs import Experiment
+    from megameta.reproduce.scale import load_scale
+    from megameta.reproduce.targets import TARGETS
+
+    scale = load_scale(scale_name, overrides)
+    root = Path(output) if output is not None else Path("reproduce") / Path(scale_name).stem
+    experiment = Experiment(scale, root)
+    found = TARGETS[target]
+    slots, environments = places(jobs or scale.jobs, scale.processes)
+    runner = JobRunner(root, found.jobs(experiment), slots, environments=environments)
+    left = [job for job in runner.jobs if not runner.is_done(job)]
+    print(f"{found.title}: {scale.description}; in {root}, {slots} at a time", flush=True)
+    print(f"{len(runner.jobs)} jobs, {len(runner.jobs) - len(left)} of them done", flush=True)
+    if dry_run:
+        for job in runner.jobs:
+            print(f"  {'to do' if job in left else 'done '} {job.name}")
+        return EXIT_OK
+    try:
+        runner.run(None if time_limit is None else 60 * time_limit)
+    except Stopped:
+        print("stopped; what is done is kept: the same command goes on", flush=True)
+        return EXIT_INTERRUPTED
+    directory = root / target
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = found.report(experiment, directory)
+    command = shlex.join(["megameta", *sys.argv[1:]])
+    text = document(found.title, command, experiment, sum(runner.seconds().values()), parts)
+    write_text_atomically(directory / "report.md", text)
+    print(text)
+    print(f"report: {directory / 'report.md'}")
+    return EXIT_OK
+
+
+def places(jobs: int, processes: int) -> tuple[int, list[dict[str, str]]]:
+    """How many runs at a time, and the environment of each place: GPUs of its own, or one thread on a CPU."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus:
+        count = jobs or max(1, gpus // processes)
+        groups = [range(first, first + processes) for first in range(0, gpus - processes + 1, processes)] or [
+            range(gpus)
+        ]
+        return count, [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, group))} for group in groups]
+    cores = len(os.sched_getaffinity(0))
+    return jobs or max(1, cores // processes), [{"OMP_NUM_THREADS": "1"}]

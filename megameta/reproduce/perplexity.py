@@ -1,0 +1,127 @@
+"""Held-out perplexity of the pre-trained twins, over the same text targets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from megameta.quickstart.report import table
+from megameta.reproduce import paper
+from megameta.reproduce.arms import ARMS, COMPARISONS
+from megameta.reproduce.results import read_json
+from megameta.reproduce.runs import Experiment, step_count, training_flops
+from megameta.reproduce.statistics import t_quantile
+from megameta.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One evaluation of one model. ``injected``: meta-tokens stand in the text; loss in nats a text token."""
+
+    arm: str
+    seed: int
+    injected: bool
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    targets: int
+
+
+def perplexity_values(experiment: Experiment) -> list[Perplexity]:
+    found = []
+    for seed in experiment.scale.seeds:
+        for arm in experiment.scale.arms:
+            results = read_json(experiment.scores("ppl", arm, seed))["eval"]
+            for name, result in results.items():
+                injected = ARMS[arm].meta_tokens and not name.endswith("/no-meta")
+                numbers = (result["loss"], result["perplexity"], result["bits_per_byte"], result["targets"])
+                found.append(Perplexity(arm, seed, injected, *numbers))
+    return found
+
+
+def perplexity_parts(values: list[Perplexity], experiment: Experiment, _directory: Path) -> list[str]:
+    """Tables: perplexity by model, differences of losses by seed."""
+    scale = experiment.scale
+    rows = []
+    for arm in scale.arms:
+        raw = experiment.pretraining(ARMS[arm], scale.seeds[0])
+        seen = _text_tokens(experiment, arm)
+        flops = training_flops(raw, step_count(raw))
+        for injected in (True, False):
+            found = [value for value in values if value.arm == arm and value.injected == injected]
+            if not found:
+                continue
+            note = (
+                ""
+                if not ARMS[arm].meta_tokens
+                else ", meta-tokens injected"
+                if injected
+                else ", read without meta-tokens"
+            )
+            bits = [value.bits_per_byte for value in found if value.bits_per_byte is not None]
+            rows.append(
+                [
+                    ARMS[arm].title + (note if ARMS[arm].meta_tokens else ""),
+                    _spread([value.perplexity for value in found], ".2f"),
+                    _spread([value.loss for value in found], ".4f"),
+                    _spread(bits, ".4f") if bits else "–",
+                    f"{seen / 1e6:.3f}",
+                    f"{flops:.3g}",
+                    f"{found[0].targets:,}",
+                ]
+            )
+    for name, value in paper.PERPLEXITY.items():
+        title = ARMS[name].title if name in ARMS else name.capitalize()
+        rows.append([f"*{title}, the paper on PG19*", str(value), *[""] * 5])
+    head = [
+        "model",
+        "perplexity",
+        "loss (nats)",
+        "bits per byte",
+        "text tokens trained on (M)",
+        "training flops",
+        "targets",
+    ]
+    counts = {value.targets for value in values}
+    same = "the same" if len(counts) == 1 else "**different**"
+    listed = ", ".join(f"{count:,}" for count in sorted(counts))
+    parts = [
+        f"Held-out documents, text positions alone, {same} targets in all rows ({listed}). Models were trained on the"
+        " same text in the same order, those of equal compute on more of it.",
+        table(head, rows),
+    ]
+    differences = [line for first, second, cause in COMPARISONS if (line := _difference(values, first, second, cause))]
+    if differences:
+        note = (
+            "Paired by seed, Student's t" if len(scale.seeds) > 1 else "One seed: no interval, and nothing is claimed"
+        )
+        head = ["what it is due to", "nats a token, 95 % interval over seeds", "seeds"]
+        parts += ["## Differences of the loss", table(head, differences)]
+        parts.append(f"Meta-tokens injected where the model has them; below 0 the first is better. {note}.")
+    return parts
+
+
+def _difference(values: list[Perplexity], first: str, second: str, cause: str) -> list[str] | None:
+    def losses(arm: str) -> dict[int, float]:
+        return {v.seed: v.loss for v in values if v.arm == arm and v.injected == ARMS[arm].meta_tokens}
+
+    a, b = losses(first), losses(second)
+    found = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if not found:
+        return None
+    shown = f"{fmean(found):+.4f}"
+    if len(found) > 1:
+        mean = fmean(found)
+        half = t_quantile(len(found) - 1) * (sum((x - mean) ** 2 for x in found) / (len(found) - 1) / len(found)) ** 0.5
+        shown += f" [{mean - half:+.4f}, {mean + half:+.4f}]"
+    return [f"{cause}: {first} − {second}", shown, str(len(found))]
+
+
+def _spread(values: list[float], form: str) -> str:
+    if len(values) == 1:
+        return format(values[0], form)
+    return f"{format(fmean(values), form)} ({format(min(values), form)} – {format(max(values), form)})"
+
+
+def _text_tokens(experiment: Experiment, arm: str) -> float:
+    records = read_metrics(experiment.run_dir("pretrain", arm, experiment.scale.seeds[0]) / "metrics.jsonl")
+    return sum(record.get("targets", 0) for record in records)

@@ -1,0 +1,247 @@
+"""Configurations of the runs of an experiment, and the jobs that do them.
+
+Under OUTPUT: corpus/, tokenizer/, data/, tasks/; configs/ holds a configuration of each run, for ``megameta train`` and
+``megameta finetune``; runs/ the runs; scores/ what ``megameta tasks evaluate`` and ``megameta evaluate`` found.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megameta.config import RunConfig, build_config
+from megameta.model.flops import forward_flops
+from megameta.reproduce.arms import ARMS, Arm
+from megameta.reproduce.jobs import Job
+from megameta.reproduce.scale import Scale, TasksPart
+
+#: How a fine-tuned model is evaluated: overrides of its configuration, by name.
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "as trained": (),
+    "positions zeroed": ("model.zero_meta_positions=true",),
+    "embedding zeroed": ("model.zero_meta_embedding=true",),
+}
+#: Markers of an example at most, and so meta-tokens.
+_MARKERS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuned model."""
+
+    arm: Arm
+    task: str
+    seed: int
+
+
+class Experiment:
+    """Runs of a scale under one directory."""
+
+    def __init__(self, scale: Scale, output: Path) -> None:
+        self.scale, self.output = scale, output
+
+    # --- places -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Path:
+        given = self.scale.corpus.tokenizer
+        return self.output / "tokenizer" if given is None else Path(given)
+
+    def run_dir(self, *names: object) -> Path:
+        return self.output.joinpath("runs", *map(str, names))
+
+    def scores(self, *names: object) -> Path:
+        return self.output.joinpath("scores", *(str(name).replace(" ", "-") for name in names)).with_suffix(".json")
+
+    # --- configurations ---------------------------------------------------------------------------------------------
+
+    def pretraining(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Of a twin for quality: without meta-tokens a sequence holds the same text and nothing else (spec §4)."""
+        common = self.pretraining_keys(arm)
+        whole = build_config({"data": common.get("data", {})}, "pretrain").data
+        data = {"tokenizer": str(self.tokenizer), **self.corpus_keys()}
+        if not arm.meta_tokens:
+            data |= {"sequence_length": whole.text_per_sample, "meta_token_fraction": 0.0}
+        raw = merge(common, {"run": {"dir": str(self.run_dir("pretrain", arm.name, seed)), "seed": seed}, "data": data})
+        if arm.position == "ape":
+            raw["model"]["max_position_embeddings"] = self._window()
+        return self._with_equal_compute(raw, arm, lambda other: self.pretraining(other, seed))
+
+    def finetuning(self, arm: Arm, task: str, seed: int) -> dict[str, Any]:
+        """Phases of one task from the pre-trained weights of the same seed."""
+        scale = self.scale
+        raw = merge(
+            self.finetuning_keys(arm),
+            {"data": {"tokenizer": str(self.tokenizer), "sequence_length": scale.phases[-1]}},
+            {
+                "run": {"dir": str(self.run_dir("finetune", arm.name, task, seed)), "seed": seed},
+                "finetune": {
+                    "directory": str(self.output / "tasks"),
+                    "tasks": [task],
+                    "phases": scale.phases,
+                    "markers": arm.meta_tokens,
+                    "eval_bins": scale.tasks.bins,
+                },
+            },
+        )
+        if scale.pretrain:
+            raw["init"] = {"from_checkpoint": str(self.run_dir("pretrain", arm.name, seed))}
+        if arm.position == "ape":
+            raw["model"]["max_position_embeddings"] = self._window()
+        return self._with_equal_compute(raw, arm, lambda other: self.finetuning(other, task, seed))
+
+    def pretraining_keys(self, arm: Arm) -> dict[str, Any]:
+        """What an arm's pre-trainings share."""
+        return merge(self._common(arm), self.scale.pretrain)
+
+    def finetuning_keys(self, arm: Arm) -> dict[str, Any]:
+        """What an arm's fine-tunings share."""
+        return merge(self._common(arm), self.scale.finetune)
+
+    def _common(self, arm: Arm) -> dict[str, Any]:
+        logged = {"log": {"tensorboard": False, "interval": 50}, "checkpoint": {"keep": 1}}
+        return merge(logged, {"model": self.scale.model}, {"model": arm.model()})
+
+    def _window(self) -> int:
+        """Rows of the table of learned positions: nothing longer is read."""
+        pretrained = self.scale.pretrain.get("data", {}).get("sequence_length", 0)
+        return max(self.scale.phases[-1], pretrained)
+
+    def corpus_keys(self) -> dict[str, Any]:
+        """Where the tokenised corpus is."""
+        data = self.output / "data"
+        if self.scale.corpus.inputs and not self.scale.corpus.heldout_inputs:
+            held = self.scale.corpus.heldout_percent
+            return {"train": [str(data / "train_text_document")], "split": [100 - held, held, 0]}
+        return {split: [str(data / f"{split}_text_document")] for split in ("train", "valid")}
+
+    def _with_equal_compute(self, raw: dict[str, Any], arm: Arm, of: Any) -> dict[str, Any]:
+        """As many more steps as make up for the flops of a step."""
+        if arm.equal_compute is None:
+            return raw
+        other = of(ARMS[arm.equal_compute])
+        steps = round(step_count(raw) * training_flops(other, 1) / training_flops(raw, 1))
+        phases = len(self.scale.phases) if "finetune" in raw else 1
+        raw["train"]["num_steps"] = math.ceil(steps / phases) * phases
+        return raw
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    def data_job(self) -> Job:
+        """Corpus, tokenizer, tokenised corpus: whatever the scale does not bring."""
+        settings = self.output / "configs" / "corpus.yaml"
+        corpus = self.scale.corpus.model_dump(mode="json", exclude_none=True) | {"output": str(self.output)}
+        self.write(settings, corpus)
+        outputs = [self.output / "data"]
+        if self.scale.corpus.tokenizer is None:
+            outputs.append(self.output / "tokenizer")
+        command = ("-m", "megameta.reproduce.prepare", str(settings))
+        return Job("data", (command,), tuple(outputs), inputs=corpus, weight=1e12)
+
+    def tasks_job(self, tasks: TasksPart | None = None, name: str = "tasks") -> Job:
+        """Examples of the tasks; ``name``: of the job and of the directory."""
+        tasks = tasks or self.scale.tasks
+        output = self.output / name
+        command = ["-m", "megameta", "tasks", "generate", "--tokenizer", str(self.tokenizer), "--output", str(output)]
+        command += ["--tasks", *tasks.names, "--bins", *map(str, tasks.bins), "--difficulties", *tasks.difficulties]
+        command += ["--train", str(tasks.train), "--test", str(tasks.test), "--overwrite"]
+        return Job(name, (tuple(command),), (output,), ("data",), weight=1e12)
+
+    def pretrain_job(self, arm: Arm, seed: int) -> Job:
+        raw = self.pretraining(arm, seed)
+        return self.run_job("train", ("pretrain", arm.name, str(seed)), raw, ("data",))
+
+    def finetune_job(self, cell: Cell) -> Job:
+        raw = self.finetuning(cell.arm, cell.task, cell.seed)
+        needs = ["tasks"]
+        if self.scale.pretrain:
+            needs.append(f"pretrain/{cell.arm.name}/{cell.seed}")
+        return self.run_job("finetune", ("finetune", cell.arm.name, cell.task, str(cell.seed)), raw, tuple(needs))
+
+    def run_job(self, command: str, names: tuple[str, ...], raw: dict[str, Any], needs: tuple[str, ...]) -> Job:
+        """``megameta COMMAND`` on a configuration that is written down for it."""
+        path = self.output.joinpath("configs", *names).with_suffix(".yaml")
+        self.write(path, raw)
+        arguments = ["-m", "megameta", command, str(path)]
+        if self.scale.processes > 1:
+            arguments += ["--nproc-per-node", str(self.scale.processes)]
+        weight = training_flops(raw, step_count(raw))
+        return Job("/".join(names), (tuple(arguments),), (Path(raw["run"]["dir"]),), needs, weight, raw)
+
+    def evaluate_job(self, cell: Cell, condition: str, bins: list[int]) -> Job:
+        """Accuracy of a fine-tuned model on the test examples, by bin."""
+        names = (cell.arm.name, cell.task, cell.seed, condition)
+        path = self.scores("tasks", *names)
+        found = [f"finetune.eval_bins={bins}", f"finetune.eval_examples={self.scale.test_examples}"]
+        found += CONDITIONS.get(condition) or self._extension(condition)
+        source = str(self.run_dir("finetune", cell.arm.name, cell.task, cell.seed))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = ("-m", "megameta", "tasks", "evaluate", source, *found, "--json", str(path))
+        raw = self.finetuning(cell.arm, cell.task, cell.seed)
+        weight = sum(self.scale.test_examples * sequence_flops(raw, bound) for bound in bins)
+        name = f"evaluate/{cell.arm.name}/{cell.task}/{cell.seed}/{condition.replace(' ', '-')}"
+        needs = (f"finetune/{cell.arm.name}/{cell.task}/{cell.seed}",)
+        return Job(name, (command,), (path,), needs, weight)
+
+    def _extension(self, condition: str) -> tuple[str, ...]:
+        """Overrides of "yarn 2": positions scaled by YaRN without further training."""
+        if not condition.startswith("yarn "):
+            return ()
+        return (
+            "model.position_scaling=yarn",
+            f"model.position_scaling_factor={condition.split()[1]}",
+            f"model.original_max_position_embeddings={self.scale.phases[-1]}",
+        )
+
+    def perplexity_job(self, arm: Arm, seed: int) -> Job:
+        """Held-out loss of a pre-trained model, text positions alone."""
+        path = self.scores("ppl", arm.name, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = str(self.run_dir("pretrain", arm.name, seed))
+        command = ("-m", "megameta", "evaluate", source, "eval.num_samples=0", "--json", str(path))
+        return Job(f"ppl/{arm.name}/{seed}", (command,), (path,), (f"pretrain/{arm.name}/{seed}",), weight=1e12)
+
+    @staticmethod
+    def write(path: Path, raw: Mapping[str, Any]) -> None:
+        """A configuration file, if it is not there as it should be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dict(raw), sort_keys=False)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of later parts over those of earlier ones, key by key."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merge(result[key], value) if both else (dict(value) if isinstance(value, Mapping) else value)
+    return result
+
+
+def step_count(raw: dict[str, Any]) -> int:
+    return _built(raw).train.num_steps
+
+
+def _built(raw: dict[str, Any]) -> RunConfig:
+    return build_config(raw, "scale")
+
+
+def sequence_flops(raw: dict[str, Any], length: int) -> float:
+    """Model flops of one fine-tuning sequence, forward. The vocabulary is the default one's: it is not known yet."""
+    config = _built(raw)
+    return forward_flops(config.model, length, _MARKERS if config.finetune.markers else 0)
+
+
+def training_flops(raw: dict[str, Any], steps: int) -> float:
+    """Model flops of so many steps, forward and backward."""
+    config = _built(raw)
+    if "finetune" in raw:
+        forward = sum(sequence_flops(raw, bound) for bound in config.finetune.phases) / len(config.finetune.phases)
+    else:
+        forward = forward_flops(config.model, config.data.sequence_length, config.data.num_meta_tokens)
+    return 3 * steps * config.train.global_batch_size * forward
