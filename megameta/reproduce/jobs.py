@@ -235,7 +235,8 @@ class JobRunner:
 
     def _forecast(self) -> str:
         left = sum(job.weight for job in self.jobs if job.name not in self._done)
-        if not self._weight_done or not left:
+        # Small jobs tell nothing about large ones: they are mostly starting.
+        if not left or self._weight_done < 0.02 * sum(job.weight for job in self.jobs):
             return ""
         return f", about {_clock(left / self._weight_done * (time.monotonic() - self._begun))} left"
 

@@ -136,9 +136,9 @@ def speed_parts(experiment: Experiment, _directory: Path) -> list[str]:
     head = ["model", "parameters (M)", "slots of the prompt", "first token (ms)", "ratio", "tokens/s", "slowdown"]
     return [
         f"Greedy decoding of one sequence with a cache of keys and values: {settings.prompt} text tokens of prompt,"
-        f" {settings.new_tokens} new ones; {len(base)} paired rounds, medians, ratios within rounds (smallest –"
-        f" largest). Device: {found['device']}, {found['threads']} thread(s). Weights are random. Meta-tokens are a tenth"
-        " of the slots of the prompt; none are written while decoding.",
+        f" {settings.new_tokens} new ones; {len(base)} paired rounds: medians, and ratios within rounds (smallest and"
+        f" largest). Device: {found['device']}, {found['threads']} thread(s). Weights are random. Meta-tokens are a"
+        " tenth of the slots of the prompt; none are written while decoding.",
         table(head, rows),
     ]
 
