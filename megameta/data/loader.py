@@ -22,6 +22,8 @@ class Batch:
     num_meta_columns: int | None
     """Meta-tokens of the fullest sequence, where it is known beforehand."""
     sample_ids: tuple[int, ...]
+    first_target: int = 0
+    """No target stands in a column before this one."""
 
     def to(self, device: str) -> "Batch":
         """The batch on a device."""

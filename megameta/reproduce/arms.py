@@ -44,6 +44,7 @@ ARMS = {arm.name: arm for arm in _ALL}
 
 #: What is compared: the first less the second, and what the difference is due to.
 COMPARISONS = (
+    ("meta-rope", "gpt2-ape", "the paper's comparison"),
     ("meta-rope", "pause-rope", "the branch"),
     ("pause-rope", "gpt2-rope", "the markers"),
     ("meta-rope", "gpt2-rope", "both"),

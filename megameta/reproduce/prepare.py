@@ -18,6 +18,7 @@ from megameta.quickstart.corpus import standard_library_documents, write_corpus
 from megameta.reproduce.scale import CorpusPart, build_part
 from megameta.tasks.definitions import DIFFICULTIES, TASKS
 from megameta.tasks.draws import Draws
+from megameta.tasks.examples import PLAIN_MARKER, with_markers
 from megameta.tasks.words import CATEGORIES, WORDS
 
 #: Examples of each task and difficulty whose text the tokenizer is trained on.
@@ -63,7 +64,8 @@ def task_text() -> Iterator[str]:
             for number in range(_EXAMPLES):
                 drawn = task.draw(Draws("tokenizer", task.name, level, number), level, 120)
                 if drawn is not None:
-                    yield " ".join(drawn)
+                    prompt, answer = drawn
+                    yield f"{with_markers(prompt, PLAIN_MARKER)} {answer}"
     for number in range(_REPEATS):
         draws = Draws("tokenizer", "words", number)
         yield "\n".join(f"{name}: {' '.join(draws.sample(words, len(words)))}" for name, words in CATEGORIES.items())

@@ -68,7 +68,8 @@ def figure1_parts(scores: Scores, experiment: Experiment) -> list[str]:
     for task in scale.tasks.names:
         parts += [f"## {task.replace('_', ' ').capitalize()}", _phases(scores, scale, task)]
         parts += [_by_length(scores, scale, task), _differences(scores, scale, task)]
-    return [*parts, "## What that says", *_verdicts(scores, scale)]
+    verdicts = _verdicts(scores, scale)
+    return [*parts, *(["## What that says", verdicts] if verdicts else [])]
 
 
 def _phases(scores: Scores, scale: Scale, task: str) -> str:
@@ -114,10 +115,12 @@ def _differences(scores: Scores, scale: Scale, task: str) -> str:
         ]
         if any(found):
             rows.append([f"{cause}: {first} − {second}", *[points(estimate) for estimate in found]])
+    if not rows:
+        return "(No two of these arms are compared.)"
     return table(["differences (points)", *[_length(bound, scale) for bound in scale.tasks.bins]], rows)
 
 
-def _verdicts(scores: Scores, scale: Scale) -> list[str]:
+def _verdicts(scores: Scores, scale: Scale) -> str:
     """Sentences that follow from the numbers, by rules: an interval that holds 0 shows no difference."""
     lines = []
     last = scale.phases[-1]
@@ -127,7 +130,7 @@ def _verdicts(scores: Scores, scale: Scale) -> list[str]:
             if found is not None:
                 claim = f"{cause} ({first} − {second}): {points(found)} points: {verdict(found)}"
                 lines.append(f"- {task}, {last} tokens, {claim}.")
-    return ["\n".join(lines)]
+    return "\n".join(lines)
 
 
 def verdict(found: Estimate) -> str:

@@ -71,7 +71,7 @@ class Experiment:
         return self._with_equal_compute(raw, arm, lambda other: self.pretraining(other, seed))
 
     def finetuning(self, arm: Arm, task: str, seed: int) -> dict[str, Any]:
-        """Phases of one task from the pre-trained weights of the same seed."""
+        """Phases of one task, from the pre-trained weights of the same seed."""
         scale = self.scale
         raw = merge(
             self.finetuning_keys(arm),
@@ -87,6 +87,7 @@ class Experiment:
                 },
             },
         )
+        raw = whole_phases(raw)
         if scale.pretrain:
             raw["init"] = {"from_checkpoint": str(self.run_dir("pretrain", arm.name, seed))}
         if arm.position == "ape":
@@ -103,7 +104,8 @@ class Experiment:
 
     def _common(self, arm: Arm) -> dict[str, Any]:
         logged = {"log": {"tensorboard": False, "interval": 50}, "checkpoint": {"keep": 1}}
-        return merge(logged, {"model": self.scale.model}, {"model": arm.model()})
+        shared = {"data": {"cache_dir": str(self.output / "cache")}}
+        return merge(logged, shared, {"model": self.scale.model}, {"model": arm.model()})
 
     def _window(self) -> int:
         """Rows of the table of learned positions: nothing longer is read."""
@@ -124,9 +126,8 @@ class Experiment:
             return raw
         other = of(ARMS[arm.equal_compute])
         steps = round(step_count(raw) * training_flops(other, 1) / training_flops(raw, 1))
-        phases = len(self.scale.phases) if "finetune" in raw else 1
-        raw["train"]["num_steps"] = math.ceil(steps / phases) * phases
-        return raw
+        raw["train"]["num_steps"] = steps
+        return whole_phases(raw)
 
     # --- jobs -------------------------------------------------------------------------------------------------------
 
@@ -221,6 +222,12 @@ def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
             result[key] = merge(result[key], value) if both else (dict(value) if isinstance(value, Mapping) else value)
     return result
+
+
+def whole_phases(raw: dict[str, Any]) -> dict[str, Any]:
+    """As many more steps as make all phases of a fine-tuning equally long."""
+    count = len(raw.get("finetune", {}).get("phases", [0]))
+    return merge(raw, {"train": {"num_steps": math.ceil(step_count(raw) / count) * count}})
 
 
 def step_count(raw: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from megameta.reproduce.arms import ARMS, Arm, find_arms
 from megameta.reproduce.jobs import Job
 from megameta.reproduce.report import intervals_note, percent
 from megameta.reproduce.results import Score, Scores, read_json
-from megameta.reproduce.runs import Experiment, merge, sequence_flops
+from megameta.reproduce.runs import Experiment, merge, sequence_flops, whole_phases
 from megameta.reproduce.scale import Table1Part
 
 TASK = "list_recall"
@@ -116,7 +116,7 @@ def _finetuning(experiment: Experiment, row: Row) -> dict[str, Any]:
     raw = merge(experiment.finetuning_keys(row.arm), part.finetune)
     bins = [bound for bound in part.tasks.bins if bound <= row.reach * part.window]
     extended = _directory(experiment, "extend", row.arm.name, f"x{row.factor}", str(row.seed))
-    return merge(
+    raw = merge(
         raw,
         {
             "run": {"dir": _directory(experiment, "finetune", *row.names), "seed": row.seed},
@@ -132,6 +132,7 @@ def _finetuning(experiment: Experiment, row: Row) -> dict[str, Any]:
             "init": {"from_checkpoint": extended},
         },
     )
+    return whole_phases(raw)
 
 
 def _finetune(experiment: Experiment, row: Row, before: str) -> Job:

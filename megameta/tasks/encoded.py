@@ -101,7 +101,8 @@ def make_batch(
         token_BT[row, : len(ids) - 1] = ids[:-1]
         label_BT[row, answer - 1 : len(ids) - 1] = ids[answer:]
     tensors = torch.from_numpy(token_BT), torch.from_numpy(label_BT)
-    return Batch(*tensors, None, None, num_meta_columns=num_meta, sample_ids=tuple(sample_ids))
+    first = min(int(source.answer_N[number]) for source, number in examples) - 1
+    return Batch(*tensors, None, None, num_meta, tuple(sample_ids), first_target=first)
 
 
 def padded_length(lengths: Ints) -> int:

@@ -35,7 +35,8 @@ class TaskOptions:
 
     Attributes:
         bins: upper bounds of the length bins in tokens, ascending: an example of bin b has more tokens than the bin
-            before allows (half of the first bound for the first) and at most b, markers, answer and end included.
+            before allows (half of the first bound for the first) and at most b, markers, answer and end included, in
+            the longer of its two renderings.
         train, test: examples of each task, spread evenly over bins and the difficulties that fit them.
     """
 
@@ -93,7 +94,8 @@ class Generator:
                 items += max(1, items // 8)
                 continue
             example = Example(self.task.name, difficulty, high, *drawn)
-            count = len(encode_example(example, self.tokenizer, markers=True).ids)
+            # A plain marker may be several tokens: neither rendering may be longer than the bin.
+            count = max(len(encode_example(example, self.tokenizer, markers=markers).ids) for markers in (True, False))
             if low < count <= high:
                 return example
             items = max(2, round(items * wanted / count))

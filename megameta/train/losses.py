@@ -35,8 +35,10 @@ class LossModule(nn.Module):
         )
         context = shard_context(context, self.tensor_parallel)
         x_BTD = self.gpt.hidden_states(batch.token_BT, context)
-        logits_BTN = self.gpt.head(x_BTD, self.gpt.embedding.tokens.weight)
-        return (self.score if score else self.cross_entropy)(logits_BTN, batch.label_BT)
+        # Where loss is on answers alone most logits are for nothing. (Sharded sequences are not cut by columns.)
+        first = batch.first_target if self.tensor_parallel is None else 0
+        logits_BTN = self.gpt.head(x_BTD[:, first:], self.gpt.embedding.tokens.weight)
+        return (self.score if score else self.cross_entropy)(logits_BTN, batch.label_BT[:, first:])
 
 
 @dataclass(frozen=True)

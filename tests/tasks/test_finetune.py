@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -310,3 +311,21 @@ def test_bad_files_are_named(folder, changes, message):
     config = config_of(folder, **changes)
     with pytest.raises(UserError, match=message):
         PhaseOrder(config, load_examples(config, "train"))
+
+
+def test_columns_before_the_answers_need_no_logits(folder):
+    """Loss, gradients and scores are those of all columns."""
+    config = config_of(folder)
+    module = LossModule(build_model(config)).double()
+    batch = TaskLoader(PhaseOrder(config, load_examples(config, "train")), config, Topology()).make_batch(0, 0)
+    assert batch.first_target > 0
+    assert bool((batch.label_BT[:, : batch.first_target] == IGNORE_INDEX).all())
+    assert bool((batch.label_BT[:, batch.first_target] != IGNORE_INDEX).any())
+    found = []
+    for each in (batch, replace(batch, first_target=0)):
+        module.zero_grad()
+        loss = module(each)
+        loss.backward()
+        found.append([loss.detach(), module(each, score=True).detach(), *(p.grad.clone() for p in module.parameters())])
+    for ours, all_columns in zip(*found, strict=True):
+        torch.testing.assert_close(ours, all_columns, rtol=1e-12, atol=1e-12)
