@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "eval": ["lm-eval>=0.4"],
+        "eval": ["lm-eval[hf]>=0.4"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -40,12 +40,16 @@ def card(seed: int, summaries: "list[Summary]") -> str:
     return "\n".join(lines) + "\n"
 
 
-def harness_files(tasks: list[str], directory: Path) -> dict[str, str]:
-    """lm-eval task files by name: of each task one with meta-tokens and one as models without them read it."""
+def harness_files(answer_tokens: dict[str, int], directory: Path) -> dict[str, str]:
+    """lm-eval task files by name: of each task one with meta-tokens and one as models without them read it.
+
+    Args:
+        answer_tokens: of the longest answer of each task, its end included.
+    """
     from megameta.tasks.examples import PLAIN_MARKER
 
     files = {}
-    for name in tasks:
+    for name, longest in answer_tokens.items():
         plain = PLAIN_MARKER if TASKS[name].marker_defines else ""
         for suffix, marker in (("", META_TOKEN), ("_plain", plain)):
             files[f"megameta_{name}{suffix}.yaml"] = yaml.safe_dump(
@@ -60,7 +64,7 @@ def harness_files(tasks: list[str], directory: Path) -> dict[str, str]:
                     "test_split": "test",
                     "doc_to_text": "{{prompt | replace('" + MARKER + "', '" + marker + "')}}",
                     "doc_to_target": " {{answer}}",
-                    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 256, "do_sample": False},
+                    "generation_kwargs": {"until": ["\n"], "max_gen_toks": longest, "do_sample": False},
                     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
                     "metadata": {"version": 1.0},
                 },

@@ -53,12 +53,18 @@ class TaskOptions:
 
 @dataclass
 class Summary:
-    """What was made of one task. ``cells``: examples by bin and difficulty; ``impossible``: those that none fits."""
+    """What was made of one task.
+
+    Attributes:
+        answer_tokens: of the longest answer, its end included.
+        cells: examples by bin and difficulty; ``impossible``: those that none fits.
+    """
 
     task: str
     train: int = 0
     test: int = 0
     redrawn: int = 0
+    answer_tokens: int = 0
     cells: dict[str, int] = field(default_factory=dict)
     impossible: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
@@ -165,6 +171,8 @@ def _make_task(
                 file.write(line)
                 digest.update(line)
                 cells[f"{example.bin} {example.difficulty}"] += 1
+                answer = len(tokenizer.encode(f" {example.answer}")) + 1
+                summary.answer_tokens = max(summary.answer_tokens, answer)
                 setattr(summary, split, getattr(summary, split) + 1)
                 on_progress(name, summary.train + summary.test, options.train + options.test)
         summary.sha256[split] = digest.hexdigest()
@@ -204,5 +212,6 @@ def _describe(options: TaskOptions, tokenizer: Tokenizer, summaries: list[Summar
     (work / "README.md").write_text(card(options.seed, summaries), encoding="utf-8")
     harness = work / "lm_eval"
     harness.mkdir()
-    for name, text in harness_files(list(options.tasks), Path(options.output).resolve()).items():
+    longest = {summary.task: summary.answer_tokens for summary in summaries}
+    for name, text in harness_files(longest, Path(options.output).resolve()).items():
         (harness / name).write_text(text, encoding="utf-8")
