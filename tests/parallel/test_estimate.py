@@ -26,6 +26,7 @@ MODELS = {
         "intermediate_size": 96,
     },
     "rmsnorm, qk_norm, untied": {"norm": "rmsnorm", "qk_norm": True, "tie_embeddings": False, "bias": True},
+    "branch in two layers": {"meta_layers": (0, 3), "bias": True, "qk_norm": True},
     "ape, parallel, no branch": {"position": "ape", "parallel_residual": True, "meta_attention": False},
 }
 TINY = {"vocab_size": 700, "hidden_size": 64, "num_layers": 5, "num_heads": 4, "max_position_embeddings": 48}
@@ -130,6 +131,8 @@ OPTIONS = {
     "bias": True,
     "qk_norm": True,
 }
+CHOSEN = {**OPTIONS, "meta_layers": (0, 1)}
+ONE_LAYER = {"vocab_size": 700, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "meta_layers": (1,)}
 TENSOR = {"parallel__tensor_parallel_size": 2}
 SEQUENCE = {**TENSOR, "parallel__sequence_parallel": True}
 STAGES = {"parallel__pipeline_parallel_size": 2}
@@ -147,6 +150,21 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2, sequence, options, bf16": (2, {**SEQUENCE, "model": OPTIONS, "train__precision": "bf16"}),
     "pp2": (2, STAGES),
     "pp2, documents, bf16": (2, {**STAGES, **DOCUMENTS, "train__precision": "bf16"}),
+    "tp2, branch in two layers, bf16": (2, {**TENSOR, "model": CHOSEN, "train__precision": "bf16"}),
+    "pp2, branch on the first stage": (2, {**STAGES, **DOCUMENTS, "model": CHOSEN}),
+    "dp2, ZeRO 3, branch in one layer": (
+        2,
+        {"parallel__zero_stage": 3, "model": ONE_LAYER, "deepspeed": {"zero_optimization": NOTHING_KEPT}},
+    ),
+    "dp2, ZeRO 3, branch in one layer, some kept": (
+        2,
+        {
+            "parallel__zero_stage": 3,
+            "model": ONE_LAYER,
+            "deepspeed": {"zero_optimization": {**NOTHING_KEPT, "stage3_param_persistence_threshold": 5000}},
+        },
+    ),
+    "tp2, pp2, sequence, branch in one layer": (4, {**SEQUENCE, **STAGES, "model": ONE_LAYER}),
     "dp2, ZeRO 0": (2, {"parallel__zero_stage": 0}),
     "dp2, ZeRO 1": (2, {"parallel__zero_stage": 1}),
     "dp2, ZeRO 2": (2, {"parallel__zero_stage": 2}),
@@ -202,7 +220,8 @@ def test_steps_on_gloo(case: str) -> None:
         stage = stages[rank // (layout.data * layout.tensor)]
         assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"
         last = stage.stage == layout.pipeline - 1
-        kept = per_micro_batch.kept(stage.blocks[1] - stage.blocks[0], last=last, recompute=layout.checkpointing)
+        counts = stage.blocks[1] - stage.blocks[0], config.model.count_meta_layers(*stage.blocks)
+        kept = per_micro_batch.kept(*counts, last=last, recompute=layout.checkpointing)
         peak = _allocated_in_a_step(config, layout, stage)
         print(f"{case}, rank {rank}: kept {kept:.0f} / {step.saved:.0f}, peak {peak:.0f} / {step.peak}")
         if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go
