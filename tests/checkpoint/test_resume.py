@@ -60,6 +60,7 @@ def test_may_change(override):
         ("data.document_mask=true", "data.document_mask", "False", "True"),
         ("model.num_layers=3", "model.num_layers", "12", "3"),
         ("model.meta_attention=false", "model.meta_attention", "True", "False"),
+        ("model.meta_layers=[3, 0]", "model.meta_layers", "None", "[0, 3]"),
     ],
 )
 def test_may_not_change(override, key, old, new):

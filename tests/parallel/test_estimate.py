@@ -180,7 +180,13 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2, dp2, ZeRO 2": (4, {**TENSOR, "parallel__zero_stage": 2}),
     "tp2, pp2, sequence, recomputed": (4, {**SEQUENCE, **STAGES, "train__activation_checkpointing": True}),
 }
-QUICK = ("tp2, sequence, options, bf16", "pp2, documents, bf16", "dp2, ZeRO 1", "dp2, ZeRO 3")
+QUICK = (
+    "tp2, sequence, options, bf16",
+    "pp2, documents, bf16",
+    "dp2, ZeRO 1",
+    "dp2, ZeRO 3",
+    "pp2, branch on the first stage",
+)
 
 
 def _config(changes: dict) -> RunConfig:
