@@ -112,7 +112,7 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
     block += 2 * _norm(model, widths, own_rows)
     block += _linear_input(widths, rows, width, 3) + _attention(model, widths, rows, layout.tensor)
     block += _mlp(model, widths, rows, layout.tensor)
-    branch = 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
+    branch: float = 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
     branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width, 3)
     branch += _attention(model, widths, meta_rows, layout.tensor)
     if config.data.document_mask:

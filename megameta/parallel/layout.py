@@ -131,7 +131,8 @@ def stage_weights(model: ModelConfig, layout: Layout, blocks: tuple[int, int]) -
     """Parameters of the stage that runs ``blocks`` [first, end), on one rank."""
     first, last = blocks[0] == 0, blocks[1] == model.num_layers
     with_meta = model.count_meta_layers(*blocks)
-    linear, other, partial = 0, 0, ()
+    linear, other = 0, 0
+    partial: tuple[int, ...] = ()
     for has_meta, count in ((True, with_meta), (False, blocks[1] - blocks[0] - with_meta)):
         block = block_weights(model, layout.tensor, has_meta=has_meta, sequence_parallel=layout.sequence_parallel)
         linear, other = linear + count * block.linear, other + count * block.other

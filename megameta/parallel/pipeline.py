@@ -49,7 +49,7 @@ def stage_bounds(
     embedding, *blocks, head = part_costs(config, balance, length, num_meta)
     until = [0.0, *itertools.accumulate(blocks)]
     # The best division of the first blocks over the first stages, by the number of blocks: the costs of its stages in
-    # falling order, and its ends, negative. A stage's cost makes neither of two divisions before it the better one.
+    # falling order, and its ends, negative. Of two divisions the better one stays so when both get the same stage more.
     best: dict[int, tuple[list[float], list[int]]] = {0: ([], [])}
     for stage in range(num_stages):
         is_last = stage == num_stages - 1
