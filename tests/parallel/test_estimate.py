@@ -98,6 +98,32 @@ def test_memory_by_zero_stage() -> None:
     assert found[3].model == pytest.approx(count + 4 * count)  # its part, and all of it gathered: the model is small
 
 
+@pytest.mark.parametrize("case", MODELS)
+def test_linear_layers_are_fetched_one_by_one(case: str) -> None:
+    deepspeed = {"zero_optimization": NOTHING_KEPT}
+    config = step_config(model={**TINY, **MODELS[case]}, data__sequence_length=48, deepspeed=deepspeed)
+    stage = estimate(config, Layout(1, 1, 2, 3, False, 2, 2, False))[0]
+    with torch.device("meta"):
+        linear = [m for m in GPT(config.model).blocks.modules() if isinstance(m, torch.nn.Linear)]
+    assert {t.calls for t in stage.transfers if t.what == "parameters, forward"} == {2 * len(linear)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_is_charged_for_its_own_branches(precision: str, checkpointing: bool) -> None:
+    """Of three models on two stages, the one with the branch on the first stage alone is like either of the others."""
+    layout = Layout(2, 2, 1, 1, True, 2, 4, checkpointing)
+    whole, first, none = (
+        estimate(step_config(model={**TINY, "num_layers": 4, **branch}, train__precision=precision), layout)
+        for branch in ({}, {"meta_layers": (0, 1)}, {"meta_attention": False})
+    )
+    assert [stage.blocks for stage in whole] == [stage.blocks for stage in first] == [(0, 2), (2, 4)]
+    for own, like, unlike in ((first[0], whole[0], none[0]), (first[1], none[1], whole[1])):
+        assert own == like
+        assert own.memory.activations != unlike.memory.activations or checkpointing
+        assert own.weights != unlike.weights and own.transfers != unlike.transfers
+
+
 def test_micro_batches_in_flight() -> None:
     layout = Layout(1, 4, 1, 1, False, 1, 3, False)
     assert [layout.in_flight(stage) for stage in range(4)] == [3, 3, 2, 1]
