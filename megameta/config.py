@@ -428,7 +428,8 @@ def _explain_key(problem: Any, key: str) -> str:
         return f"{key}: unknown key" + (f"; did you mean {hint}?" if hint else "")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool | list | None) else ""
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+    said = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, in brackets")
+    return f"{key}: {said}{shown}"
 
 
 def nearest_key(key: str, known: list[str]) -> str | None:

@@ -105,6 +105,23 @@ def test_compute_is_flops_over_the_rate() -> None:
     assert again.time.compute == pytest.approx((4 / 3 * (whole - 3 * head) + 3 * head) / (989e12 * 0.6))
 
 
+def test_blocks_without_the_branch_cost_less() -> None:
+    overrides = ["model.meta_layers=[0, 1, 2]"]
+    config = read(PAPER, overrides)
+    whole = 3 * 480 * forward_flops(config.model, 1024, 102)
+    one = evaluate(config, Layout(1, 1, 1, 0, False, 12, 40, False), PURE)
+    assert one.time.compute == pytest.approx(whole / (989e12 * 0.6))
+    assert one.time.compute < timed(Layout(1, 1, 1, 0, False, 12, 40, False)).time.compute
+    first = config.model_copy(update={"model": replace(config.model, meta_layers=(0, 1))})
+    last = config.model_copy(update={"model": replace(config.model, meta_layers=(10, 11))})
+    layout = Layout(1, 2, 1, 1, False, 12, 40, False)
+    # The stage with the head is the slower one; branches elsewhere cost the step nothing.
+    none = evaluate(read(PAPER, ["model.meta_attention=false"]), layout, PURE).time.compute
+    times = [evaluate(each, layout, PURE) for each in (first, last)]
+    assert [each.stages[1].blocks for each in times] == [(6, 12), (6, 12)]
+    assert times[0].time.compute == pytest.approx(none) and times[1].time.compute > 1.001 * none
+
+
 def test_communication_is_bytes_over_the_link() -> None:
     parameters = 4 * 151_908_096
     inside = timed(Layout(1, 1, 8, 0, False, 12, 5, False))
@@ -216,6 +233,9 @@ def test_config_check_prints_the_layout(capsys: pytest.CaptureFixture) -> None:
     assert "stage 1  blocks 6–11, head: ranks [8–9]" in out
     for group in ("tensor", "pipeline", "data", "embedding"):
         assert re.search(rf"stage 0\s+{group}\s+[0-9.]+", out), group
+    assert "rope, meta-attention on\n" in out
+    assert check_config(PAPER, [*overrides, "model.meta_layers=[5, 0]"], gpus=16) == 0
+    assert "rope, meta-attention in layers 0, 5\n" in capsys.readouterr().out
     assert check_config(PAPER, [], gpus=1024) == 1  # 480 sequences for 1024 ranks: a problem, and no layout
     assert "not a multiple" in capsys.readouterr().out
 

@@ -46,8 +46,12 @@ def _what_it_is(config: ModelConfig, stock: bool) -> str:
             "A GPT-2 (transformers' own `GPT2LMHeadModel`), trained with megameta as the baseline without\n"
             "meta-attention.\n"
         )
+    which = "Each block has"
+    if config.meta_layers is not None:
+        blocks = ", ".join(map(str, config.meta_layers))
+        which = f"Block {blocks} has" if len(config.meta_layers) == 1 else f"Blocks {blocks}, counted from 0, have"
     branch = (
-        "Each block has a second attention branch, the meta-attention, in which meta-tokens attend to meta-tokens\n"
+        f"{which} a second attention branch, the meta-attention, in which meta-tokens attend to meta-tokens\n"
         "alone; at every other position it adds exactly zero."
         if config.meta_attention
         else "This one has no meta-attention branch."
@@ -100,5 +104,5 @@ def _section(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -13,7 +13,8 @@ from megameta.errors import UserError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: What of the run's configuration stands in the model card.
 _CARD_KEYS = {
-    "data": ("sequence_length", "meta_token_fraction", "document_mask", "reset_positions"),
+    "model": ("meta_layers",),
+    "data": ("sequence_length", "meta_token_fraction", "meta_token_placement", "document_mask", "reset_positions"),
     "train": ("num_steps", "global_batch_size", "precision"),
     "optimizer": ("lr", "min_lr", "warmup_steps", "schedule", "weight_decay"),
 }

@@ -55,7 +55,7 @@ class MegametaModel(MegametaPreTrainedModel):
         self.blocks = nn.ModuleList(Block(self.model_config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(self.model_config)
         # Marked one by one: in remote code transformers does not visit modules that have no parameters of their own.
-        adds = config.num_hidden_layers * (3 if config.meta_attention else 2)
+        adds = self.model_config.num_residual_adds
         for name, module in self.blocks.named_modules():
             if name.endswith(("o_proj", "down_proj")):
                 module.initial_std = config.initializer_range / math.sqrt(adds)  # type: ignore[assignment]

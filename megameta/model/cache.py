@@ -17,7 +17,7 @@ class DecodingCache:
     def __init__(self) -> None:
         self.length = 0
         self.causal: list[tuple[Tensor, Tensor]] = []  # one a layer: keys and values (B, G, S, K)
-        self.meta: list[tuple[Tensor, Tensor]] = []  # one a layer: keys and values (B, G, M, K)
+        self.meta: list[tuple[Tensor, Tensor]] = []  # one a layer with the branch: keys and values (B, G, M, K)
         self.document_BS: Tensor | None = None
         self.meta_order_BM: Tensor | None = None
         self.meta_document_BM: Tensor | None = None
@@ -27,7 +27,7 @@ class DecodingCache:
         return _append(self.causal, layer, k_BGTK, v_BGTK)
 
     def update_meta(self, layer: int, k_BGMK: Tensor, v_BGMK: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``update_causal``, for the meta branch."""
+        """As ``update_causal``, for the meta branch; ``layer`` counts the layers that have it."""
         return _append(self.meta, layer, k_BGMK, v_BGMK)
 
     def extend_rows(self, document_BT: Tensor | None, num_new: int, batch: int) -> Tensor | None:

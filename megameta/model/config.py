@@ -53,7 +53,9 @@ class ModelConfig:
     yarn_attention_factor: float = 1.0
     """yarn: times 0.1 · ln(factor) + 1 it multiplies cos and sin, so logits by its square."""
     meta_attention: bool = True
-    """Whether each block has the meta-attention branch."""
+    """Whether blocks have the meta-attention branch."""
+    meta_layers: tuple[int, ...] | None = None
+    """Layers whose blocks have the branch, counted from 0. Default: all."""
     zero_meta_positions: bool = False
     """Remove the positional signal at meta-tokens (rope: angle 0; ape: no position vector)."""
     zero_meta_embedding: bool = False
@@ -88,6 +90,11 @@ class ModelConfig:
             if getattr(self, name) == unset:
                 object.__setattr__(self, name, value)
         self._check()
+        if self.meta_layers is not None:
+            self._check_meta_layers()
+            # One value for one model: in order, and none where it is all of them.
+            layers = tuple(sorted(self.meta_layers))  # a list where it comes from JSON
+            object.__setattr__(self, "meta_layers", layers if len(layers) < self.num_layers else None)
 
     def _check(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings"):
@@ -116,6 +123,26 @@ class ModelConfig:
                 f" {self.rotary_size} channels; an even number of at least 2 is needed"
             )
 
+    def _check_meta_layers(self) -> None:
+        layers = list(self.meta_layers or ())
+        if not self.meta_attention:
+            raise ValueError(
+                f"meta_layers {layers} says where the branch stands, and meta_attention is false: leave meta_layers out"
+                " (null), or set meta_attention to true"
+            )
+        if not layers:
+            raise ValueError(
+                "meta_layers is empty: leave it out (null) for a branch in all layers, or set meta_attention to false"
+                " for none"
+            )
+        if outside := [layer for layer in layers if not 0 <= layer < self.num_layers]:
+            raise ValueError(
+                f"meta_layers {layers}: there is no layer {outside[0]}; num_layers {self.num_layers} makes them"
+                f" 0 to {self.num_layers - 1}"
+            )
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            raise ValueError(f"meta_layers {layers} names layer {twice[0]} more than once: name each layer once")
+
     @property
     def head_size(self) -> int:
         """Width K of one head."""
@@ -134,6 +161,19 @@ class ModelConfig:
     def layer_uses_rope(self, layer: int) -> bool:
         """Whether this layer rotates. rnope alternates, starting with a rotated layer (ours)."""
         return self.position == "rope" or (self.position == "rnope" and layer % 2 == 0)
+
+    def layer_has_meta(self, layer: int) -> bool:
+        """Whether this layer has the meta-attention branch."""
+        return self.meta_attention and (self.meta_layers is None or layer in self.meta_layers)
+
+    def count_meta_layers(self, first: int = 0, end: int | None = None) -> int:
+        """How many of the layers [first, end) have the branch; of all layers by default."""
+        return sum(map(self.layer_has_meta, range(first, self.num_layers if end is None else end)))
+
+    @property
+    def num_residual_adds(self) -> int:
+        """How often the residual stream is added to; the square root divides initial residual projections (spec §2)."""
+        return 2 * self.num_layers + self.count_meta_layers()
 
     def padded_vocab_size(self, multiple: int = 128) -> int:
         """Rows of the embedding table: vocab_size rounded up to a multiple (spec §2: 128 × tensor-parallel size)."""

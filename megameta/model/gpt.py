@@ -74,7 +74,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: causal attention, meta-attention (if configured), MLP."""
+    """One layer: causal attention, meta-attention (if this layer has it), MLP."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,8 +82,10 @@ class Block(nn.Module):
         self.parallel_residual = config.parallel_residual
         self.norm_1 = make_norm(config)
         self.attention = Attention(config, layer)
-        self.norm_meta = make_norm(config) if config.meta_attention else None
-        self.meta_attention = Attention(config, layer) if config.meta_attention else None
+        has_meta = config.layer_has_meta(layer)
+        self.norm_meta = make_norm(config) if has_meta else None
+        self.meta_attention = Attention(config, layer) if has_meta else None
+        self.meta_layer = config.count_meta_layers(0, layer)  # its number among the layers that have the branch
         self.norm_2 = make_norm(config)
         self.mlp = MLP(config)
 
@@ -99,7 +101,7 @@ class Block(nn.Module):
         rows = context.meta
         if self.meta_attention is None or self.norm_meta is None or rows is None:
             return x_BTD
-        update = partial(cache.update_meta, self.layer) if cache is not None else None
+        update = partial(cache.update_meta, self.meta_layer) if cache is not None else None
         # The norm works row by row, so it may come after the gather.
         h_BMD = self.norm_meta(rows.gather(source_BTD))
         return rows.scatter_add(x_BTD, self.meta_attention(h_BMD, rows.rotation, rows.mask, update))

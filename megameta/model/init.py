@@ -24,7 +24,7 @@ def draw_parameter(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
         return torch.ones(shape)
     std = config.initializer_range
     if name.endswith(RESIDUAL_PROJECTIONS):
-        std /= math.sqrt(config.num_layers * (3 if config.meta_attention else 2))
+        std /= math.sqrt(config.num_residual_adds)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

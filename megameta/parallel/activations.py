@@ -52,11 +52,17 @@ class Activations:
     block_input: float
     """What a recomputed block keeps."""
     block: float
-    """What a block keeps, its input included; without copies of weights."""
+    """What a block without the meta branch keeps, its input included; without copies of weights."""
     block_copies: float
-    """Low-precision copies of a block's weights."""
+    """Low-precision copies of its weights."""
+    branch: float
+    """What the branch keeps, where a block has it; without copies of weights."""
+    branch_copies: float
+    """Low-precision copies of its weights."""
     shared: float
     """Kept once: ids, masks, rotations."""
+    branch_shared: float
+    """Kept once where any block has the branch: places and rotations of the meta rows."""
     head: float
     """Final norm, copy of the output weight, log-probabilities. Last stage only."""
     stage_output: float
@@ -68,22 +74,29 @@ class Activations:
     logits: float
     """Of which DeepSpeed's pipeline holds on to two micro-batches'."""
 
-    def kept(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
-        """Between a micro-batch's forward and backward pass."""
-        one = self.block_input if recompute else self.block + self.block_copies
-        return num_blocks * one + self.shared + (self.head if last else self.stage_output)
+    def kept(self, num_blocks: int, num_branches: int, *, last: bool, recompute: bool) -> float:
+        """Between a micro-batch's forward and backward pass. ``num_branches``: of the blocks, those with a branch."""
+        blocks = num_blocks * self.block_input
+        if not recompute:
+            blocks = num_blocks * (self.block + self.block_copies) + num_branches * (self.branch + self.branch_copies)
+        shared = self.shared + (self.branch_shared if num_branches else 0.0)
+        return blocks + shared + (self.head if last else self.stage_output)
 
-    def at_loss(self, num_blocks: int, *, last: bool, recompute: bool) -> float:
+    def at_loss(self, num_blocks: int, num_branches: int, *, last: bool, recompute: bool) -> float:
         """Beyond ``kept``, between the forward and the backward pass, when the first gradients are still to come."""
         most = self.head_temporary if last else 0.0
         if recompute:
             # Autocast lets go of its copies of weights when the forward pass returns, not when a block does.
-            most = max(most, num_blocks * self.block_copies + 0.75 * most)
+            copies = num_blocks * self.block_copies + num_branches * self.branch_copies
+            most = max(most, copies + 0.75 * most)
         return most
 
-    def in_block(self, *, last: bool, recompute: bool) -> float:
-        """Beyond ``kept``, in the backward pass of the last block, when the head's are gone."""
+    def in_block(self, num_branches: int, *, last: bool, recompute: bool) -> float:
+        """Beyond ``kept``, in the backward pass of the last block, taken for one with a branch if any block has it; the
+        head's are gone."""
         again = self.block + self.block_copies - self.block_input if recompute else 0.0
+        if recompute and num_branches:
+            again += self.branch + self.branch_copies
         return self.block_temporary + again - (self.head if last else 0.0)
 
 
@@ -92,20 +105,21 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
     model, widths = config.model, Widths.of(config.train.precision, layout.zero_stage)
     rows = layout.micro_batch_size * config.data.sequence_length
     own_rows = rows / layout.tensor if layout.sequence_parallel else rows
-    meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens) if model.meta_attention else 0
+    meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens)
     width = model.hidden_size
     block_input = widths.residual * own_rows * width
     block = block_input * (1 if model.parallel_residual else 2)
     block += 2 * _norm(model, widths, own_rows)
     block += _linear_input(widths, rows, width, 3) + _attention(model, widths, rows, layout.tensor)
     block += _mlp(model, widths, rows, layout.tensor)
-    if meta_rows:
-        block += 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
-        block += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width, 3)
-        block += _attention(model, widths, meta_rows, layout.tensor)
+    branch: float = 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
+    branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width, 3)
+    branch += _attention(model, widths, meta_rows, layout.tensor)
     if config.data.document_mask:
-        block += widths.linear * (rows * config.data.sequence_length + meta_rows**2 / layout.micro_batch_size)
-    linear_weights = block_weights(model, layout.tensor).linear
+        block += widths.linear * rows * config.data.sequence_length
+        branch += widths.linear * meta_rows**2 / layout.micro_batch_size
+    linear_weights = block_weights(model, layout.tensor, has_meta=False).linear
+    branch_weights = block_weights(model, layout.tensor, has_meta=True).linear - linear_weights
     inner = model.intermediate_size / layout.tensor
     # What the activation's backward makes beyond what it frees, and the gradient of the largest weight, which under
     # autocast exists in both dtypes for a moment.
@@ -115,7 +129,10 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
         block_input=block_input,
         block=block,
         block_copies=2.0 * linear_weights if widths.copies else 0.0,
-        shared=_shared(config, layout, rows, meta_rows),
+        branch=branch,
+        branch_copies=2.0 * branch_weights if widths.copies else 0.0,
+        shared=_shared(config, layout, rows),
+        branch_shared=_branch_shared(model, meta_rows),
         head=_head(model, widths, layout, rows, own_rows),
         stage_output=block_input,
         block_temporary=4 * block_input + inside,
@@ -152,17 +169,21 @@ def _mlp(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> float:
     return _linear_input(widths, rows, model.hidden_size, 2 if gated else 1) + hidden * (4 if gated else 2)
 
 
-def _shared(config: RunConfig, layout: Layout, rows: float, meta_rows: float) -> float:
+def _shared(config: RunConfig, layout: Layout, rows: float) -> float:
     model = config.model
-    kept = 8 * rows + 9 * meta_rows  # token ids; places of the meta rows and whether they are real
+    kept = 8 * rows  # token ids
     if layout.tensor > 1:
         kept += 9 * rows  # ids within the shard, and whether they are
     if model.uses_rope:
         # Angles are the same in every sequence, unless positions depend on its tokens or documents.
         own = config.data.reset_positions or model.zero_meta_positions
-        angles = (rows if own else rows / layout.micro_batch_size) + meta_rows
-        kept += 2 * 4 * angles * model.rotary_size
+        kept += 2 * 4 * (rows if own else rows / layout.micro_batch_size) * model.rotary_size
     return kept
+
+
+def _branch_shared(model: ModelConfig, meta_rows: float) -> float:
+    """Places of the meta rows, whether they are real, and their rotations."""
+    return 9 * meta_rows + (2 * 4 * meta_rows * model.rotary_size if model.uses_rope else 0)
 
 
 def _columns(model: ModelConfig, layout: Layout) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megameta.config import RunConfig
-from megameta.model.flops import forward_flops
+from megameta.model.flops import block_flops, head_flops
 from megameta.parallel.activations import Activations, Widths, activations
 from megameta.parallel.estimate import StageEstimate, estimate, worst
 from megameta.parallel.layout import Layout
@@ -115,13 +115,17 @@ def _micro_batch(
 ) -> float:
     """Seconds of one micro-batch's forward and backward pass on one stage, without communication."""
     model, data = config.model, config.data
+    with_meta = model.count_meta_layers(*stage.blocks)
     num_blocks = stage.blocks[1] - stage.blocks[0]
     last = stage.blocks[1] == model.num_layers
-    head = 2.0 * data.sequence_length * model.hidden_size * model.vocab_size
-    block = (forward_flops(model, data.sequence_length, data.num_meta_tokens) - head) / model.num_layers
+    head = head_flops(model, data.sequence_length)
+    blocks = sum(
+        count * block_flops(model, data.sequence_length, data.num_meta_tokens, has_meta=has_meta)
+        for has_meta, count in ((True, with_meta), (False, num_blocks - with_meta))
+    )
     passes = 4 if layout.checkpointing else 3
-    flops = layout.micro_batch_size * (passes * num_blocks * block + (3 * head if last else 0)) / layout.tensor
-    moved = PASSES * num_blocks * kept.block * (passes / 3)
+    flops = layout.micro_batch_size * (passes * blocks + (3 * head if last else 0)) / layout.tensor
+    moved = PASSES * (num_blocks * kept.block + with_meta * kept.branch) * (passes / 3)
     moved += PASSES * kept.head + 2 * kept.head_temporary if last else 0.0
     moved += _weight_bytes(config, layout) * stage.weights.count
     launches = num_blocks * (LAUNCHES + (LAUNCHES_AGAIN if layout.checkpointing else 0))

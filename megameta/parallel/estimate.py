@@ -81,11 +81,12 @@ def memory_estimate(
         model = width * (count / n + min(count, live_parameters(config, layout, weights) + prefetched))
     gradients = width * count / (n if zero >= 2 else 1)
     optimizer = 8.0 * count if zero == 0 else 12.0 * count / n
-    last, num_blocks = stage == layout.pipeline - 1, blocks[1] - blocks[0]
-    kept = layout.in_flight(stage) * per_micro_batch.kept(num_blocks, last=last, recompute=layout.checkpointing)
+    last = stage == layout.pipeline - 1
+    counts = blocks[1] - blocks[0], config.model.count_meta_layers(*blocks)
+    kept = layout.in_flight(stage) * per_micro_batch.kept(*counts, last=last, recompute=layout.checkpointing)
     if layout.pipeline > 1:  # buffers for what comes in and its gradient; two micro-batches' logits
         kept += (3 * per_micro_batch.block_input if stage > 0 else 0.0) + (2 * per_micro_batch.logits if last else 0.0)
-    workspace = _workspace(config, layout, width * count, (num_blocks, last), per_micro_batch, kept)
+    workspace = _workspace(config, layout, width * count, (*counts, last), per_micro_batch, kept)
     return MemoryEstimate(model, gradients, optimizer, kept, workspace)
 
 
@@ -93,7 +94,7 @@ def _workspace(
     config: RunConfig,
     layout: Layout,
     gradients: float,
-    blocks: tuple[int, bool],
+    blocks: tuple[int, int, bool],
     per_micro_batch: Activations,
     kept: float,
 ) -> float:
@@ -104,17 +105,16 @@ def _workspace(
 
     Args:
         gradients: bytes of all gradients of the stage's shard.
-        blocks: their number, and whether the head follows.
+        blocks: their number, how many have the meta branch, and whether the head follows.
     """
-    zero, (num_blocks, last) = layout.zero_stage, blocks
+    zero, (num_blocks, num_branches, last) = layout.zero_stage, blocks
     width = Widths.of(config.train.precision, zero).weight
     bucket = width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET) if zero > 0 else 0.0
     reduced = min(gradients, width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET))
     stays = zero == 3 or (zero == 1 and layout.accumulation > 1)
-    at_loss = per_micro_batch.at_loss(num_blocks, last=last, recompute=layout.checkpointing) + (
-        bucket if stays else 0.0
-    )
-    in_block = per_micro_batch.in_block(last=last, recompute=layout.checkpointing)
+    at_loss = per_micro_batch.at_loss(num_blocks, num_branches, last=last, recompute=layout.checkpointing)
+    at_loss += bucket if stays else 0.0
+    in_block = per_micro_batch.in_block(num_branches, last=last, recompute=layout.checkpointing)
     in_block += bucket + (reduced if zero >= 2 and gradients > bucket else 0.0)  # else reduced when the pass is over
     if zero == 0:
         in_update = reduced if layout.data > 1 else 0.0  # flattened for the all-reduce

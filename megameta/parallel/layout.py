@@ -98,11 +98,12 @@ class Weights:
         return self.linear + self.other
 
 
-def block_weights(model: ModelConfig, tensor: int = 1, *, sequence_parallel: bool = False) -> Weights:
-    """A block's parameters on one of ``tensor`` ranks: column- and row-sharded projections, the rest replicated."""
+def block_weights(model: ModelConfig, tensor: int = 1, *, has_meta: bool, sequence_parallel: bool = False) -> Weights:
+    """Parameters of a block with or without the meta branch on one of ``tensor`` ranks: column- and row-sharded
+    projections, the rest replicated."""
     width, inner = model.hidden_size, model.intermediate_size
     key_value = model.num_key_value_heads * model.head_size
-    branches = 2 if model.meta_attention else 1
+    branches = 2 if has_meta else 1
     ups = 2 if model.activation == "swiglu" else 1
     linear = branches * (2 * width * width + 2 * width * key_value) + (ups + 1) * width * inner
     split_bias = branches * (width + 2 * key_value) + ups * inner if model.bias else 0  # of column-sharded projections
@@ -129,10 +130,14 @@ def table_rows(model: ModelConfig, tensor: int = 1) -> int:
 def stage_weights(model: ModelConfig, layout: Layout, blocks: tuple[int, int]) -> Weights:
     """Parameters of the stage that runs ``blocks`` [first, end), on one rank."""
     first, last = blocks[0] == 0, blocks[1] == model.num_layers
-    count = blocks[1] - blocks[0]
-    block = block_weights(model, layout.tensor, sequence_parallel=layout.sequence_parallel)
+    with_meta = model.count_meta_layers(*blocks)
+    linear, other = 0, 0
+    partial: tuple[int, ...] = ()
+    for has_meta, count in ((True, with_meta), (False, blocks[1] - blocks[0] - with_meta)):
+        block = block_weights(model, layout.tensor, has_meta=has_meta, sequence_parallel=layout.sequence_parallel)
+        linear, other = linear + count * block.linear, other + count * block.other
+        partial += count * block.partial
     table = table_rows(model, layout.tensor) * model.hidden_size
-    linear, other, partial = count * block.linear, count * block.other, count * block.partial
     if first:
         other += table
         other += model.max_position_embeddings * model.hidden_size if model.position == "ape" else 0

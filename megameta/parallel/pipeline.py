@@ -8,6 +8,7 @@ a pipeline.
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
-from megameta.model.flops import forward_flops
+from megameta.model.flops import block_flops, head_flops
 from megameta.model.gpt import run_blocks
 from megameta.model.loss import IGNORE_INDEX
 from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
@@ -26,35 +27,44 @@ from megameta.parallel.topology import Topology
 
 def part_costs(config: ModelConfig, balance: str, length: int, num_meta: int) -> list[float]:
     """What embedding, blocks and head cost, to be balanced over stages: "parameters", or "time" (model flops)."""
-    width = config.hidden_size
+    width, has_meta = config.hidden_size, [config.layer_has_meta(layer) for layer in range(config.num_layers)]
     if balance == "time":
-        whole = forward_flops(config, length, num_meta)
-        head = 2.0 * length * width * config.vocab_size
-        return [0.0, *[(whole - head) / config.num_layers] * config.num_layers, head]
+        flops = {kind: block_flops(config, length, num_meta, has_meta=kind) for kind in {*has_meta}}
+        return [0.0, *(flops[kind] for kind in has_meta), head_flops(config, length)]
     with torch.device("meta"):
-        block = sum(p.numel() for p in Block(config, 0).parameters())
+        either = {kind: Block(config, has_meta.index(kind)) for kind in {*has_meta}}
+        sizes = {kind: sum(p.numel() for p in block.parameters()) for kind, block in either.items()}
         embedding = sum(p.numel() for p in Embedding(config, 128).parameters())
         head_parameters = sum(p.numel() for p in Head(config, 128).parameters())
     tied = config.padded_vocab_size() * width if config.tie_embeddings else 0  # the last stage has a copy
-    return [embedding, *[block] * config.num_layers, head_parameters + tied]
+    return [embedding, *(sizes[kind] for kind in has_meta), head_parameters + tied]
 
 
 def stage_bounds(
     config: ModelConfig, num_stages: int, *, balance: str = "parameters", length: int = 1024, num_meta: int = 0
 ) -> list[tuple[int, int]]:
-    """The blocks [first, end) of each stage: contiguous, every stage at least one, the costliest as cheap as can be.
-    The embedding is on the first stage, the head on the last."""
-    costs = part_costs(config, balance, length, num_meta)
-    blocks, block = config.num_layers, costs[1]
-    extra = [0.0] * num_stages
-    extra[0] += costs[0]
-    extra[-1] += costs[-1]
-    # Blocks cost the same, so handing each to the stage that stays cheapest with it is optimal.
-    counts = [1] * num_stages
-    for _ in range(blocks - num_stages):
-        counts[min(range(num_stages), key=lambda s: (extra[s] + (counts[s] + 1) * block, s))] += 1
-    ends = [sum(counts[: s + 1]) for s in range(num_stages)]
-    return [(end - count, end) for end, count in zip(ends, counts)]
+    """The blocks [first, end) of each stage: contiguous, every stage at least one, the costliest as cheap as can be,
+    then the second, and so on; among equals those with most blocks on the first stages. The embedding is on the first
+    stage, the head on the last."""
+    embedding, *blocks, head = part_costs(config, balance, length, num_meta)
+    until = [0.0, *itertools.accumulate(blocks)]
+    # The best division of the first blocks over the first stages, by the number of blocks: the costs of its stages in
+    # falling order, and its ends, negative. Of two divisions the better one stays so when both get the same stage more.
+    best: dict[int, tuple[list[float], list[int]]] = {0: ([], [])}
+    for stage in range(num_stages):
+        is_last = stage == num_stages - 1
+        extra = (embedding if stage == 0 else 0.0) + (head if is_last else 0.0)
+        fewest, most = (len(blocks) if is_last else stage + 1), len(blocks) - (num_stages - 1 - stage)
+        best = {
+            end: min(
+                (sorted([*costs, until[end] - until[first] + extra], reverse=True), [*ends, -end])
+                for first, (costs, ends) in best.items()
+                if first < end
+            )
+            for end in range(fewest, most + 1)
+        }
+    ends = [0, *(-end for end in best[len(blocks)][1])]
+    return list(itertools.pairwise(ends))
 
 
 class Stage(nn.Module):

@@ -57,7 +57,7 @@ def transfers(config: RunConfig, layout: Layout, stage: int, blocks: tuple[int, 
     weights = stage_weights(config.model, layout, blocks)
     found: list[Transfer] = []
     if layout.tensor > 1:
-        found += _tensor(config, layout, stage, blocks[1] - blocks[0], weights)
+        found += _tensor(config, layout, stage, blocks, weights)
     if layout.pipeline > 1:
         found += _pipeline(config, layout, stage)
     if layout.data > 1:
@@ -74,7 +74,7 @@ def by_group(found: Iterable[Transfer]) -> dict[Group, tuple[float, float]]:
     return sums
 
 
-def _tensor(config: RunConfig, layout: Layout, stage: int, num_blocks: int, weights: Weights) -> list[Transfer]:
+def _tensor(config: RunConfig, layout: Layout, stage: int, blocks: tuple[int, int], weights: Weights) -> list[Transfer]:
     widths = Widths.of(config.train.precision, layout.zero_stage)
     rows = layout.micro_batch_size * config.data.sequence_length
     full = rows * config.model.hidden_size
@@ -84,7 +84,9 @@ def _tensor(config: RunConfig, layout: Layout, stage: int, num_blocks: int, weig
     def one(kind: Kind, what: str, num_bytes: float, calls: float = 1) -> Transfer:
         return Transfer("tensor", kind, what, num_bytes, calls * micro, layout.tensor)
 
-    found = _block_tensor(config, layout, widths, num_blocks * micro)
+    branches = config.model.count_meta_layers(*blocks)
+    found = _block_tensor(config, layout, widths, (blocks[1] - blocks[0]) * micro)
+    found += _branch_tensor(config, layout, widths, branches * micro)
     if first:
         found.append(one("all_reduce", "embedding, forward", widths.residual * full))
         if layout.sequence_parallel:
@@ -102,38 +104,48 @@ def _tensor(config: RunConfig, layout: Layout, stage: int, num_blocks: int, weig
 
 
 def _block_tensor(config: RunConfig, layout: Layout, widths: Widths, passes: float) -> list[Transfer]:
-    """Of ``passes`` passes forward and backward through a block."""
-    model, n = config.model, layout.tensor
-    full = layout.micro_batch_size * config.data.sequence_length * model.hidden_size
-    meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens) if model.meta_attention else 0
-    meta = meta_rows * model.hidden_size
+    """Of ``passes`` passes forward and backward through a block, the meta branch apart."""
+    full = layout.micro_batch_size * config.data.sequence_length * config.model.hidden_size
     # Recomputation repeats the forward pass, but stops when it has what was not kept: before the MLP's last collective.
     again = 2 if layout.checkpointing else 1
 
     def one(kind: Kind, what: str, num_bytes: float, calls: float) -> Transfer:
-        return Transfer("tensor", kind, what, num_bytes, calls * passes, n)
+        return Transfer("tensor", kind, what, num_bytes, calls * passes, layout.tensor)
 
     into, out = widths.residual * full, widths.linear * full
     if not layout.sequence_parallel:
         return [
             one("all_reduce", "attention, forward", out, again),
-            one("all_reduce", "meta-attention, forward", widths.linear * meta, again),
             one("all_reduce", "MLP, forward", out, 1),
             one("all_reduce", "attention and MLP, backward", into, 2),
-            one("all_reduce", "meta-attention, backward", widths.residual * meta, 1),
         ]
-    scattered = widths.residual if model.bias else widths.linear  # adding a float32 bias makes it float32
     return [
         one("all_gather", "into attention and MLP, forward", into, 2 * again),
         one("reduce_scatter", "out of attention, forward", out, again),
         one("reduce_scatter", "out of MLP, forward", out, 1),
         one("all_gather", "out of attention and MLP, backward", out, 2),
         one("reduce_scatter", "into attention and MLP, backward", into, 2),
-        one("all_reduce", "meta rows, forward", widths.residual * meta, again),
-        one("all_reduce", "meta-attention, forward", widths.linear * meta, again),
-        one("all_reduce", "meta rows, backward", scattered * meta, 1),
-        one("all_reduce", "meta-attention, backward", widths.residual * meta, 1),
     ]
+
+
+def _branch_tensor(config: RunConfig, layout: Layout, widths: Widths, passes: float) -> list[Transfer]:
+    """Of ``passes`` passes forward and backward through a meta branch."""
+    model = config.model
+    meta = layout.micro_batch_size * max(1, config.data.num_meta_tokens) * model.hidden_size
+    again = 2 if layout.checkpointing else 1
+
+    def one(what: str, num_bytes: float, calls: float) -> Transfer:
+        return Transfer("tensor", "all_reduce", what, num_bytes, calls * passes, layout.tensor)
+
+    found = [
+        one("meta-attention, forward", widths.linear * meta, again),
+        one("meta-attention, backward", widths.residual * meta, 1),
+    ]
+    if layout.sequence_parallel:
+        scattered = widths.residual if model.bias else widths.linear  # adding a float32 bias makes it float32
+        found.append(one("meta rows, forward", widths.residual * meta, again))
+        found.append(one("meta rows, backward", scattered * meta, 1))
+    return found
 
 
 def _pipeline(config: RunConfig, layout: Layout, stage: int) -> list[Transfer]:
@@ -170,7 +182,7 @@ def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int
         held = live_parameters(config, layout, weights)
         persistent = _persistent(config, layout, blocks)
         again = max(0, weights.count - persistent - held)
-        modules = max(1, (blocks[1] - blocks[0]) * _linear_layers(config.model))  # each is fetched by its own call
+        modules = max(1, _linear_layers(config.model, blocks))  # each is fetched by its own call
         split = widths.weight / modules
         return [
             one("all_gather", "parameters, forward", split * (weights.count - persistent), micro * modules),
@@ -184,8 +196,9 @@ def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int
     return found
 
 
-def _linear_layers(model: ModelConfig) -> int:
-    return (8 if model.meta_attention else 4) + (3 if model.activation == "swiglu" else 2)
+def _linear_layers(model: ModelConfig, blocks: tuple[int, int]) -> int:
+    in_plain = 4 + (3 if model.activation == "swiglu" else 2)
+    return (blocks[1] - blocks[0]) * in_plain + model.count_meta_layers(*blocks) * 4
 
 
 def zero_option(config: RunConfig, name: str, default: float) -> float:
@@ -205,16 +218,17 @@ def _persistent(config: RunConfig, layout: Layout, blocks: tuple[int, int]) -> i
     model, n = config.model, layout.tensor
     width, inner = model.hidden_size, model.intermediate_size
     key_value = model.num_key_value_heads * model.head_size
-    branches = 2 if model.meta_attention else 1
-    per_block = [
-        (2 * branches, width * width // n),
-        (2 * branches, width * key_value // n),
-        (3 if model.activation == "swiglu" else 2, width * inner // n),
+    num_blocks, with_meta = blocks[1] - blocks[0], model.count_meta_layers(*blocks)
+    found = [
+        (2 * (num_blocks + with_meta), width * width // n),
+        (2 * (num_blocks + with_meta), width * key_value // n),
+        (num_blocks * (3 if model.activation == "swiglu" else 2), width * inner // n),
+        (1 if model.tie_embeddings else 2, table_rows(model, n) * width),
+        (1 if model.position == "ape" else 0, model.max_position_embeddings * width),
+        (2 if model.bias and model.norm == "layernorm" else 1, width),
     ]
-    vectors = block_weights(model, n).other  # judged by a norm's size
-    small = sum(count * size for count, size in per_block if size <= threshold)
-    small += vectors if width <= threshold else 0
-    edges = [(1 if model.tie_embeddings else 2, table_rows(model, n) * width)]
-    edges.append((1 if model.position == "ape" else 0, model.max_position_embeddings * width))
-    edges.append((2 if model.bias and model.norm == "layernorm" else 1, width))
-    return (blocks[1] - blocks[0]) * small + sum(count * size for count, size in edges if size <= threshold)
+    small = sum(count * size for count, size in found if size <= threshold)
+    if width <= threshold:  # the vectors of blocks are judged by a norm's size
+        small += with_meta * block_weights(model, n, has_meta=True).other
+        small += (num_blocks - with_meta) * block_weights(model, n, has_meta=False).other
+    return small

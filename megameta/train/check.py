@@ -8,7 +8,7 @@ import torch
 from megameta.config import RunConfig
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
-from megameta.model import GPT
+from megameta.model import GPT, ModelConfig
 from megameta.parallel.estimate import StageEstimate, estimate
 from megameta.parallel.layout import Layout
 from megameta.parallel.traffic import GROUPS, by_group
@@ -52,7 +52,7 @@ def describe(config: RunConfig, world_size: int) -> list[str]:
     slots = train.global_batch_size * data.sequence_length
     return [
         f"model      {parameters / 1e6:,.1f} M parameters, {config.model.num_layers} layers of width"
-        f" {config.model.hidden_size}, {config.model.position}, meta-attention {_on(config.model.meta_attention)}",
+        f" {config.model.hidden_size}, {config.model.position}, meta-attention {_branch(config.model)}",
         f"sequence   {data.sequence_length} slots: {data.text_per_sample} of text, {data.num_meta_tokens} meta-tokens",
         f"step       {train.global_batch_size} sequences = {train.micro_batch_size} ×"
         f" {train.global_batch_size / (train.micro_batch_size * ranks):g} accumulation × {ranks} ranks;"
@@ -132,5 +132,8 @@ def missing_files(config: RunConfig) -> list[str]:
     return missing
 
 
-def _on(flag: bool) -> str:
-    return "on" if flag else "off"
+def _branch(model: ModelConfig) -> str:
+    if model.meta_layers is not None:
+        layers = ", ".join(map(str, model.meta_layers))
+        return f"in layer{'s' * (len(model.meta_layers) > 1)} {layers}"
+    return "on" if model.meta_attention else "off"

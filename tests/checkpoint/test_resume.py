@@ -5,6 +5,7 @@ import pytest
 from megameta.checkpoint import check_resumable
 from megameta.config import build_config
 from megameta.errors import UserError
+from megameta.train.setup import DrawnWeights, build_model
 
 BASE = {"data": {"train": "x", "tokenizer": None}, "deepspeed": {"zero_optimization": {"overlap_comm": False}}}
 
@@ -60,6 +61,7 @@ def test_may_change(override):
         ("data.document_mask=true", "data.document_mask", "False", "True"),
         ("model.num_layers=3", "model.num_layers", "12", "3"),
         ("model.meta_attention=false", "model.meta_attention", "True", "False"),
+        ("model.meta_layers=[3, 0]", "model.meta_layers", "None", "[0, 3]"),
     ],
 )
 def test_may_not_change(override, key, old, new):
@@ -74,3 +76,17 @@ def test_may_not_change(override, key, old, new):
 def test_every_key_is_named_at_once():
     with pytest.raises(UserError, match=r"(?s)model\.num_layers.*optimizer\.lr.*run\.seed"):
         check_resumable(changed(), changed("optimizer.lr=1", "run.seed=2", "model.num_layers=1"), "x")
+
+
+@pytest.mark.parametrize("layers", [("null", "[0]"), ("[0]", "null")], ids=str)
+def test_weights_of_a_branch_in_other_layers_do_not_fit(layers):
+    small = ("model.vocab_size=50", "model.hidden_size=24", "model.num_layers=2")
+    old, new = (changed(*small, f"model.meta_layers={chosen}") for chosen in layers)
+    weights = DrawnWeights(old.model, 1)
+    build_model(old, weights)
+    with pytest.raises(UserError, match="do not fit the model") as caught:
+        build_model(new, weights)
+    words = "not in this model" if layers[0] == "null" else "missing"
+    assert str(caught.value).splitlines()[1:] == [
+        f"  blocks.1.meta_attention.{name}_proj.weight: {words}" for name in "koqv"
+    ] + [f"  blocks.1.norm_meta.weight: {words}"]

@@ -33,6 +33,8 @@ CASES += [
     {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0, "zero_meta_positions": True},
     {"position": "rnope", "position_scaling": "ntk", "position_scaling_factor": 2.0, "rotary_fraction": 0.5},
     {"position": "rope", "position_scaling": "linear", "position_scaling_factor": 2.0},
+    {"num_layers": 3, "meta_layers": (1,), "parallel_residual": True},
+    {"num_layers": 4, "meta_layers": (0, 3), "position": "ape", "bias": True, "qk_norm": True},
 ]
 #: The options of a baseline that GPT2LMHeadModel computes.
 BASELINE = {"position": "ape", "meta_attention": False}

@@ -1,5 +1,6 @@
 """tools/convert_checkpoint.py, there and back."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from megameta.checkpoint import load_weights, save_weights
 from megameta.errors import UserError
-from megameta.hf.convert import card_from_run, checkpoint_to_hf
+from megameta.hf.convert import card_from_run, checkpoint_to_hf, hf_to_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -88,6 +89,18 @@ def test_tokenizer_of_the_run(checkpoint: Path) -> None:
     assert (output / "tokenizer.json").is_file()
     with pytest.raises(UserError, match="dtype 'int8'"):
         checkpoint_to_hf(checkpoint, root / "other", dtype="int8")
+
+
+def test_the_card_names_the_layers_of_the_branch(tmp_path: Path) -> None:
+    config = tokenizer_config(small_tokenizer(), num_layers=3, meta_layers=(0, 2))
+    save_weights(tmp_path / "run", config, tensors_of(small_model(config, torch.float32, vocab_multiple=1)), None)
+    output = checkpoint_to_hf(tmp_path / "run", tmp_path / "hf")
+    card = (output / "README.md").read_text()
+    assert "Blocks 0, 2, counted from 0, have a second attention branch" in card
+    assert card.count("meta_layers | [0, 2] |") == 2 and "| data.meta_token_placement | random |" in card
+    assert json.loads((output / "config.json").read_text())["meta_layers"] == [0, 2]
+    hf_to_checkpoint(output, tmp_path / "back")
+    assert load_weights(tmp_path / "back")[0].model.meta_layers == (0, 2)
 
 
 def test_card_from_run(tmp_path: Path) -> None:

@@ -12,10 +12,16 @@ def generate(wrapper, ids, mask=None, **arguments):
     return wrapper.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0, **arguments)
 
 
-@pytest.mark.parametrize("zero_meta_positions", [False, True])
-@pytest.mark.parametrize("position", ["rope", "ape", "none", "rnope"])
-def test_greedy_with_and_without_cache(position: str, zero_meta_positions: bool) -> None:
-    config, model, wrapper = make_pair(position=position, zero_meta_positions=zero_meta_positions)
+CASES = [
+    {"position": position, "zero_meta_positions": zeroed}
+    for position in ("rope", "ape", "none", "rnope")
+    for zeroed in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, {"num_layers": 3, "meta_layers": (0, 2)}], ids=str)
+def test_greedy_with_and_without_cache(case: dict) -> None:
+    config, model, wrapper = make_pair(**case)
     ids, mask = padded_batch(config)
     cached = generate(wrapper, ids, mask)
     assert torch.equal(cached, generate(wrapper, ids, mask, use_cache=False))

@@ -207,13 +207,14 @@ def test_gradients_with_and_without_checkpointing() -> None:
         assert_close(gradients[2][name], gradient, 1e-5, name)
 
 
-def test_initial_weights_are_gpt2s() -> None:
+@pytest.mark.parametrize(("branch", "adds"), [({}, 6), ({"meta_layers": (1,)}, 5)], ids=str)
+def test_initial_weights_are_gpt2s(branch: dict, adds: int) -> None:
     from megameta.hf.modeling import MegametaForCausalLM
 
     torch.manual_seed(0)
-    config = small_config(hidden_size=128, intermediate_size=512, tie_embeddings=False, bias=True)
+    config = small_config(hidden_size=128, intermediate_size=512, tie_embeddings=False, bias=True, **branch)
     state = MegametaForCausalLM(MegametaConfig.from_model_config(config)).state_dict()
-    scaled = 0.02 / (2 * 3) ** 0.5
+    scaled = 0.02 / adds**0.5
     for name, tensor in state.items():
         if name.endswith("bias"):
             assert not tensor.any(), name

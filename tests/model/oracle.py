@@ -41,7 +41,7 @@ def _sequence(config: ModelConfig, state: State, token_T: Tensor, position_T: Te
         block = f"blocks.{layer}."
         a = x + causal_branch(config, state, layer, x, is_meta_T, position_T, document_T)
         source = x if config.parallel_residual else a
-        if config.meta_attention:
+        if config.meta_attention and (config.meta_layers is None or layer in config.meta_layers):
             a = a + meta_branch(config, state, layer, source, is_meta_T, position_T, document_T)
         source = x if config.parallel_residual else a
         x = a + mlp(config, state, block + "mlp.", norm(config, state, block + "norm_2", source))

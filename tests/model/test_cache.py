@@ -44,10 +44,12 @@ OPTIONS: dict[str, list] = {
 }
 #: Position scaling needs rope, so that it is no option of the covering choice.
 SCALED = {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0}
-CONFIG_KEYS = (*SCALED, "position", "zero_meta_positions", "num_key_value_heads", "parallel_residual")
+CHOSEN = {"meta_layers": (0, 2), "num_layers": 4}
+CONFIG_KEYS = (*SCALED, *CHOSEN, "position", "zero_meta_positions", "num_key_value_heads", "parallel_residual")
 
 
 COVERING = covering(OPTIONS)
+CASES = [*COVERING, *({**case, **SCALED} for case in COVERING[:4]), *({**case, **CHOSEN} for case in COVERING[4:12])]
 
 
 def decode(
@@ -78,7 +80,7 @@ def decode(
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("case", [*COVERING, *({**case, **SCALED} for case in COVERING[:4])], ids=case_id)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_decoding_equals_the_full_forward(case: dict[str, Any]) -> None:
     config = small_config(bias=True, **{key: case[key] for key in CONFIG_KEYS if key in case})
     model = small_model(config, case["dtype"])

@@ -34,6 +34,7 @@ def counted(model: GPT, batch: int, length: int, num_meta: int, *, backward: boo
     [
         {},
         {"meta_attention": False},
+        {"meta_layers": (1,), "num_layers": 3},
         {"activation": "swiglu"},
         {"num_key_value_heads": 1},
         {"bias": True, "qk_norm": True, "norm": "rmsnorm", "position": "ape", "num_layers": 3},

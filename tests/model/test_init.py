@@ -29,6 +29,15 @@ def test_parameter_counts_of_the_paper() -> None:
     assert count(tie_embeddings=False) == 151_908_096 + embedding
 
 
+def test_parameters_of_chosen_layers() -> None:
+    twin, branch = count(meta_attention=False), 4 * 768**2 + 768
+    assert count(meta_layers=(3,)) == twin + branch
+    assert count(meta_layers=(0, 2, 11)) == twin + 3 * branch
+    model = build(num_layers=3, meta_layers=(0, 2))
+    whole = set(parameters(build(num_layers=3)))
+    assert set(parameters(model)) == {name for name in whole if not ("meta" in name and name.startswith("blocks.1."))}
+
+
 def test_defaults_are_the_paper_with_one_meta_token() -> None:
     config = ModelConfig()
     assert (config.vocab_size, config.padded_vocab_size(), config.meta_token_id) == (50258, 50304, 50257)
@@ -47,15 +56,17 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("meta_attention", [True, False])
-def test_standard_deviation_by_kind(meta_attention: bool) -> None:
+@pytest.mark.parametrize(
+    ("branch", "adds"), [({}, 9), ({"meta_attention": False}, 6), ({"meta_layers": (1,)}, 7)], ids=str
+)
+def test_standard_deviation_by_kind(branch: dict, adds: int) -> None:
     """Normal 0.02; projections into the residual stream over √(adds): three a layer with the branch, two without."""
     model = build(
         hidden_size=256,
         intermediate_size=512,
         num_layers=3,
         vocab_size=500,
-        meta_attention=meta_attention,
+        **branch,
         position="ape",
         max_position_embeddings=256,
         tie_embeddings=False,
@@ -63,7 +74,6 @@ def test_standard_deviation_by_kind(meta_attention: bool) -> None:
         bias=True,
         qk_norm=True,
     )
-    adds = 3 * (3 if meta_attention else 2)
     scaled = []
     for name, value in parameters(model).items():
         if name.endswith("bias"):

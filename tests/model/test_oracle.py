@@ -57,8 +57,20 @@ SCALED = covering(
         "original_max_position_embeddings": [0, 16, 2048],
     }
 )
+#: The branch in some of three layers.
+CHOSEN = covering(
+    {
+        "meta_layers": [(0,), (1,), (2,), (0, 2)],
+        "position": ["rope", "ape", "rnope"],
+        "metas": ["ragged", "none", "all"],
+        "documents": ["one", "packed", "left_pad"],
+        "parallel_residual": [False, True],
+        "bias": [False, True],
+    }
+)
 CASES = covering(OPTIONS)
 SCALED = [{**CASES[0], **case} for case in SCALED]
+CHOSEN = [{**CASES[0], "num_layers": 3, **case} for case in CHOSEN]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -96,6 +108,11 @@ def gradient_scale(name: str, state: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("case", SCALED, ids=case_id)
 def test_scaled_positions(case: dict[str, Any]) -> None:
+    test_outputs_and_gradients(case, torch.float64)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=case_id)
+def test_branch_in_chosen_layers(case: dict[str, Any]) -> None:
     test_outputs_and_gradients(case, torch.float64)
 
 

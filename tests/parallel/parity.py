@@ -36,6 +36,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "meta": {
         "on": {},
         "off": {"model__meta_attention": False, "data__meta_token_fraction": 0.0},
+        "first layer": {"model__meta_layers": [0]},
+        "second layer": {"model__meta_layers": [1]},
     },
     "position": {"rope": {}, "ape": {"model__position": "ape"}, "rnope": {"model__position": "rnope"}},
     "documents": {

@@ -17,6 +17,8 @@ CASES = {
     "bias, learned positions, untied": {"bias": True, "position": "ape", "tie_embeddings": False},
     "parallel residual, part rotated": {"parallel_residual": True, "rotary_fraction": 0.5},
     "no branch, no positions": {"meta_attention": False, "position": "none"},
+    "branch in the first layer": {"meta_layers": (0,)},
+    "branch in two layers, learned positions": {"meta_layers": (1, 2), "position": "ape"},
     "large vocabulary": {"vocab_size": 5000},
     "zeroed positions": {"zero_meta_positions": True},
 }
@@ -65,9 +67,12 @@ def measure(config: RunConfig, *, recompute: bool) -> tuple[int, int]:
 
 def estimates(config: RunConfig, *, recompute: bool) -> tuple[float, float]:
     found = activations(config, Layout(1, 1, 1, 1, False, config.train.micro_batch_size, 1, recompute))
-    layers = config.model.num_layers
-    kept = found.kept(layers, last=True, recompute=recompute)
-    most = max(found.at_loss(layers, last=True, recompute=recompute), found.in_block(last=True, recompute=recompute))
+    counts = config.model.num_layers, config.model.count_meta_layers()
+    kept = found.kept(*counts, last=True, recompute=recompute)
+    most = max(
+        found.at_loss(*counts, last=True, recompute=recompute),
+        found.in_block(counts[1], last=True, recompute=recompute),
+    )
     return kept, kept + most
 
 
@@ -85,7 +90,16 @@ def test_one_process(case: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", ["paper", "swiglu, grouped heads", "large vocabulary", "rmsnorm, query–key norm"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "paper",
+        "swiglu, grouped heads",
+        "large vocabulary",
+        "rmsnorm, query–key norm",
+        "branch in two layers, learned positions",
+    ],
+)
 def test_recomputed(case: str, precision: str) -> None:
     config = make_config(precision, **{**CASES[case], "num_layers": 6})
     saved, peak = measure(config, recompute=True)

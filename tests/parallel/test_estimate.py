@@ -26,6 +26,7 @@ MODELS = {
         "intermediate_size": 96,
     },
     "rmsnorm, qk_norm, untied": {"norm": "rmsnorm", "qk_norm": True, "tie_embeddings": False, "bias": True},
+    "branch in two layers": {"meta_layers": (0, 3), "bias": True, "qk_norm": True},
     "ape, parallel, no branch": {"position": "ape", "parallel_residual": True, "meta_attention": False},
 }
 TINY = {"vocab_size": 700, "hidden_size": 64, "num_layers": 5, "num_heads": 4, "max_position_embeddings": 48}
@@ -97,6 +98,32 @@ def test_memory_by_zero_stage() -> None:
     assert found[3].model == pytest.approx(count + 4 * count)  # its part, and all of it gathered: the model is small
 
 
+@pytest.mark.parametrize("case", MODELS)
+def test_linear_layers_are_fetched_one_by_one(case: str) -> None:
+    deepspeed = {"zero_optimization": NOTHING_KEPT}
+    config = step_config(model={**TINY, **MODELS[case]}, data__sequence_length=48, deepspeed=deepspeed)
+    stage = estimate(config, Layout(1, 1, 2, 3, False, 2, 2, False))[0]
+    with torch.device("meta"):
+        linear = [m for m in GPT(config.model).blocks.modules() if isinstance(m, torch.nn.Linear)]
+    assert {t.calls for t in stage.transfers if t.what == "parameters, forward"} == {2 * len(linear)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_is_charged_for_its_own_branches(precision: str, checkpointing: bool) -> None:
+    """Of three models on two stages, the one with the branch on the first stage alone is like either of the others."""
+    layout = Layout(2, 2, 1, 1, True, 2, 4, checkpointing)
+    whole, first, none = (
+        estimate(step_config(model={**TINY, "num_layers": 4, **branch}, train__precision=precision), layout)
+        for branch in ({}, {"meta_layers": (0, 1)}, {"meta_attention": False})
+    )
+    assert [stage.blocks for stage in whole] == [stage.blocks for stage in first] == [(0, 2), (2, 4)]
+    for own, like, unlike in ((first[0], whole[0], none[0]), (first[1], none[1], whole[1])):
+        assert own == like
+        assert own.memory.activations != unlike.memory.activations or checkpointing
+        assert own.weights != unlike.weights and own.transfers != unlike.transfers
+
+
 def test_micro_batches_in_flight() -> None:
     layout = Layout(1, 4, 1, 1, False, 1, 3, False)
     assert [layout.in_flight(stage) for stage in range(4)] == [3, 3, 2, 1]
@@ -130,6 +157,8 @@ OPTIONS = {
     "bias": True,
     "qk_norm": True,
 }
+CHOSEN = {**OPTIONS, "meta_layers": (0, 1)}
+ONE_LAYER = {"vocab_size": 700, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "meta_layers": (1,)}
 TENSOR = {"parallel__tensor_parallel_size": 2}
 SEQUENCE = {**TENSOR, "parallel__sequence_parallel": True}
 STAGES = {"parallel__pipeline_parallel_size": 2}
@@ -147,6 +176,21 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2, sequence, options, bf16": (2, {**SEQUENCE, "model": OPTIONS, "train__precision": "bf16"}),
     "pp2": (2, STAGES),
     "pp2, documents, bf16": (2, {**STAGES, **DOCUMENTS, "train__precision": "bf16"}),
+    "tp2, branch in two layers, bf16": (2, {**TENSOR, "model": CHOSEN, "train__precision": "bf16"}),
+    "pp2, branch on the first stage": (2, {**STAGES, **DOCUMENTS, "model": CHOSEN}),
+    "dp2, ZeRO 3, branch in one layer": (
+        2,
+        {"parallel__zero_stage": 3, "model": ONE_LAYER, "deepspeed": {"zero_optimization": NOTHING_KEPT}},
+    ),
+    "dp2, ZeRO 3, branch in one layer, some kept": (
+        2,
+        {
+            "parallel__zero_stage": 3,
+            "model": ONE_LAYER,
+            "deepspeed": {"zero_optimization": {**NOTHING_KEPT, "stage3_param_persistence_threshold": 5000}},
+        },
+    ),
+    "tp2, pp2, sequence, branch in one layer": (4, {**SEQUENCE, **STAGES, "model": ONE_LAYER}),
     "dp2, ZeRO 0": (2, {"parallel__zero_stage": 0}),
     "dp2, ZeRO 1": (2, {"parallel__zero_stage": 1}),
     "dp2, ZeRO 2": (2, {"parallel__zero_stage": 2}),
@@ -162,7 +206,13 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2, dp2, ZeRO 2": (4, {**TENSOR, "parallel__zero_stage": 2}),
     "tp2, pp2, sequence, recomputed": (4, {**SEQUENCE, **STAGES, "train__activation_checkpointing": True}),
 }
-QUICK = ("tp2, sequence, options, bf16", "pp2, documents, bf16", "dp2, ZeRO 1", "dp2, ZeRO 3")
+QUICK = (
+    "tp2, sequence, options, bf16",
+    "pp2, documents, bf16",
+    "dp2, ZeRO 1",
+    "dp2, ZeRO 3",
+    "pp2, branch on the first stage",
+)
 
 
 def _config(changes: dict) -> RunConfig:
@@ -202,7 +252,8 @@ def test_steps_on_gloo(case: str) -> None:
         stage = stages[rank // (layout.data * layout.tensor)]
         assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"
         last = stage.stage == layout.pipeline - 1
-        kept = per_micro_batch.kept(stage.blocks[1] - stage.blocks[0], last=last, recompute=layout.checkpointing)
+        counts = stage.blocks[1] - stage.blocks[0], config.model.count_meta_layers(*stage.blocks)
+        kept = per_micro_batch.kept(*counts, last=last, recompute=layout.checkpointing)
         peak = _allocated_in_a_step(config, layout, stage)
         print(f"{case}, rank {rank}: kept {kept:.0f} / {step.saved:.0f}, peak {peak:.0f} / {step.peak}")
         if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go

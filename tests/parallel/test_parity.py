@@ -9,11 +9,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 4
 BF16 = tuple({**ALL_ON, "precision": "bf16"}.items())
+#: The branch in one of two layers, and so on one of two stages.
+FIRST, SECOND = (tuple({**ALL_ON, "meta": f"{which} layer"}.items()) for which in ("first", "second"))
 #: By number of processes; ZeRO 3 last, as it patches torch for the rest of the process.
 CASES = {
     1: [Case(1, 1, 1, 1, BF16)],
-    2: [Case(2, 1, 1, 0), Case(1, 2, 1, 1), Case(2, 1, 1, 1, BF16), Case(2, 1, 1, 3)],
-    4: [Case(2, 2, 1, 1), Case(4, 1, 1, 2), Case(2, 1, 2, 3)],
+    2: [
+        Case(2, 1, 1, 0),
+        Case(1, 2, 1, 1),
+        Case(1, 2, 1, 1, FIRST),
+        Case(1, 2, 1, 1, SECOND),
+        Case(1, 1, 2, 2, FIRST),
+        Case(2, 1, 1, 1, BF16),
+        Case(2, 1, 1, 3),
+        Case(2, 1, 1, 3, SECOND),
+    ],
+    4: [Case(2, 2, 1, 1), Case(2, 2, 1, 1, FIRST), Case(4, 1, 1, 2), Case(4, 1, 1, 1, SECOND), Case(2, 1, 2, 3)],
 }
 
 
@@ -41,6 +52,12 @@ def expected(corpus):
 
 
 @pytest.fixture(scope="module")
+def expected_of(corpus, expected):
+    one_layer = {factors: reference(Case(1, 1, 1, 0, factors), corpus, STEPS) for factors in (FIRST, SECOND)}
+    return {tuple(ALL_ON.items()): expected[STEPS], **one_layer}
+
+
+@pytest.fixture(scope="module")
 def outcomes(corpus):
     found = {}
     for world, cases in CASES.items():
@@ -50,8 +67,8 @@ def outcomes(corpus):
 
 
 @pytest.mark.parametrize("case", [c for cases in CASES.values() for c in cases if c.factors != BF16], ids=str)
-def test_float32_layouts_compute_what_one_process_does(outcomes, expected, case):
-    result = compare(outcomes[case], expected[STEPS])
+def test_float32_layouts_compute_what_one_process_does(outcomes, expected_of, case):
+    result = compare(outcomes[case], expected_of[case.factors])
     assert not result.violations
     assert set(result.worst) == {"gradient", "loss", "norm", "evaluation"}
 

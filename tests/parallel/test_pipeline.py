@@ -78,7 +78,18 @@ def test_rows_travel_unchanged():
 
 @pytest.mark.parametrize("balance", ["parameters", "time"])
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("shape", [{}, {"vocab_size": 50000}, {"tie_embeddings": False, "vocab_size": 9000}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"vocab_size": 50000},
+        {"tie_embeddings": False, "vocab_size": 9000},
+        {"meta_layers": (0, 1, 2)},
+        {"meta_layers": (3, 6), "vocab_size": 9000},
+        {"meta_layers": (1, 4, 5)},
+    ],
+    ids=str,
+)
 def test_no_other_cut_is_cheaper(balance, num_stages, shape):
     config = make_config(num_layers=7, hidden_size=64, **shape)
     embedding, *blocks, head = part_costs(config, balance, 16, 2)
@@ -95,6 +106,36 @@ def test_no_other_cut_is_cheaper(balance, num_stages, shape):
     cuts = itertools.combinations(range(1, 7), num_stages - 1)
     best = min(costliest(list(itertools.pairwise((0, *cut, 7)))) for cut in cuts)
     assert costliest(bounds) == pytest.approx(best)
+
+
+def test_blocks_with_the_branch_weigh_more():
+    """Seven blocks and no tables to speak of: four without the branch against three with it."""
+    config = make_config(num_layers=7, hidden_size=64, vocab_size=10, intermediate_size=32, meta_layers=(4, 5, 6))
+    assert [end for _, end in stage_bounds(config, 2)] == [4, 7]
+    assert [end for _, end in stage_bounds(make_config(num_layers=7, hidden_size=64, vocab_size=10), 2)] == [4, 7]
+    mirrored = make_config(num_layers=7, hidden_size=64, vocab_size=10, intermediate_size=32, meta_layers=(0, 1, 2))
+    assert [end for _, end in stage_bounds(mirrored, 2)] == [3, 7]
+
+
+def test_equal_blocks_go_to_the_stage_that_stays_cheapest():
+    """Another way to the same cut, where blocks cost the same: each goes to the stage that is cheapest with it."""
+    for layers, vocabulary, stages in itertools.product((5, 8, 12), (300, 9000, 50000), (2, 3, 5)):
+        config = make_config(num_layers=layers, hidden_size=64, vocab_size=vocabulary)
+        embedding, block, *_, head = part_costs(config, "parameters", 16, 2)
+        extra = [embedding, *[0] * (stages - 2), head]
+        counts = [1] * stages
+        for _ in range(layers - stages):
+            counts[min(range(stages), key=lambda s: (extra[s] + (counts[s] + 1) * block, s))] += 1
+        assert [end - first for first, end in stage_bounds(config, stages)] == counts
+
+
+@pytest.mark.parametrize("balance", ["parameters", "time"])
+def test_costs_of_blocks_by_kind(balance):
+    config = make_config(meta_layers=(1, 3))
+    _, *blocks, _ = part_costs(config, balance, 16, 2)
+    _, *whole, _ = part_costs(make_config(), balance, 16, 2)
+    _, *none, _ = part_costs(make_config(meta_attention=False), balance, 16, 2)
+    assert blocks == [none[0], whole[0], none[0], whole[0], none[0]] and none[0] < whole[0]
 
 
 def test_costs_are_those_of_the_parts():
