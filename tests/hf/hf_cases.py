@@ -29,11 +29,14 @@ CASES = covering(
         "rotary_fraction": [1.0, 0.5],
     }
 )
+#: The window before an extension.
+WINDOW = {"original_max_position_embeddings": 16}
 CASES += [
     {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0, "zero_meta_positions": True},
     {"position": "rnope", "position_scaling": "ntk", "position_scaling_factor": 2.0, "rotary_fraction": 0.5},
     {"position": "rope", "position_scaling": "linear", "position_scaling_factor": 2.0},
 ]
+CASES = [case | WINDOW if "position_scaling" in case else case for case in CASES]
 #: The options of a baseline that GPT2LMHeadModel computes.
 BASELINE = {"position": "ape", "meta_attention": False}
 
