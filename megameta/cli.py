@@ -38,26 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_arguments(finetune)
     finetune.add_argument("--nproc-per-node", metavar="N", default=None, help="as of train")
     finetune.set_defaults(run=_finetune)
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="held-out loss, perplexity and bits per byte",
-        description="Evaluate a checkpoint, the latest one of a run, or a HuggingFace export on held-out datasets."
-        " A run brings its configuration; overrides may name other sets (data.valid=PREFIX), more samples"
-        " (eval.num_samples=0: all) or switches of the model (model.zero_meta_positions=true).",
-    )
-    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
-    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
-    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
-    evaluate.set_defaults(run=_evaluate)
-    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
-    generate.add_argument("source", metavar="EXPORT")
-    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
-    generate.set_defaults(run=_generate)
+    _add_evaluate(commands)
+    _add_generate(commands)
     _add_tokenizer(commands)
     _add_tasks(commands)
     _add_plan(commands)
@@ -75,6 +57,39 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out loss, perplexity and bits per byte",
+        description="Evaluate a checkpoint, the latest one of a run, or a HuggingFace export on held-out datasets."
+        " A run brings its configuration; overrides may name other sets (data.valid=PREFIX), more samples"
+        " (eval.num_samples=0: all) or switches of the model (model.zero_meta_positions=true).",
+    )
+    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
+    evaluate.add_argument(
+        "--by-position",
+        type=int,
+        default=0,
+        metavar="BUCKETS",
+        help="also by position in the sequence, in as many parts",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
+    generate.add_argument("source", metavar="EXPORT")
+    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
+    generate.set_defaults(run=_generate)
 
 
 def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -192,7 +207,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megameta.commands.evaluate import evaluate
 
-    return evaluate(arguments.source, arguments.overrides, json_path=arguments.json)
+    return evaluate(arguments.source, arguments.overrides, json_path=arguments.json, buckets=arguments.by_position)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

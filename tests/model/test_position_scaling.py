@@ -127,7 +127,7 @@ def test_a_window_that_is_left_out_does_not_become_the_long_one(tmp_path):
     """The sequence length, from which a run takes its window, is the extended one."""
     path = tmp_path / "long.yaml"
     path.write_text("model: {position_scaling: yarn, position_scaling_factor: 4}\ndata: {sequence_length: 4096}\n")
-    with pytest.raises(UserError, match="model.*original_max_position_embeddings: the window before the extension"):
+    with pytest.raises(UserError, match=r"model.*original_max_position_embeddings: the window before the extension"):
         load_run_config(path)
     found = load_run_config(path, ["model.original_max_position_embeddings=1024"]).model
     assert (found.original_max_position_embeddings, found.max_position_embeddings) == (1024, 4096)
