@@ -37,7 +37,17 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "on": {},
         "off": {"model__meta_attention": False, "data__meta_token_fraction": 0.0},
     },
-    "position": {"rope": {}, "ape": {"model__position": "ape"}, "rnope": {"model__position": "rnope"}},
+    "position": {
+        "rope": {},
+        "ape": {"model__position": "ape"},
+        "rnope": {"model__position": "rnope"},
+        "yarn": {
+            "model__position_scaling": "yarn",
+            "model__position_scaling_factor": 4.0,
+            "model__original_max_position_embeddings": LENGTH // 4,
+            "model__zero_meta_positions": True,
+        },
+    },
     "documents": {
         "restart": {"data__document_mask": True, "data__reset_positions": True},
         "mask": {"data__document_mask": True},
