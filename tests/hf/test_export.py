@@ -42,8 +42,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> dict:
         position_scaling="yarn",
         position_scaling_factor=4.0,
         original_max_position_embeddings=8,
-        yarn_beta_fast=0.5,  # a window of 8 holds few turns: with the default betas all pairs are at one end
-        yarn_beta_slow=0.02,
+        yarn_beta_fast=0.12,  # a window of 8 holds few turns: so two pairs stay, one is between, one is interpolated
+        yarn_beta_slow=0.005,
         max_position_embeddings=32,
         zero_meta_positions=True,
     )
