@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_arguments(finetune)
     finetune.add_argument("--nproc-per-node", metavar="N", default=None, help="as of train")
     finetune.set_defaults(run=_finetune)
+    _add_extend(commands)
     _add_evaluate(commands)
     _add_generate(commands)
     _add_tokenizer(commands)
@@ -57,6 +58,26 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_extend(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    extend = commands.add_parser(
+        "extend",
+        help="write the configuration of going on at a longer window",
+        description="From a run or checkpoint with rotary positions, write the YAML file of continued pre-training (or"
+        " of fine-tuning, where the run did that) at a multiple of its window: sequences, scaled positions, batch,"
+        " steps and schedule. docs/extension.md says what the methods do. Nothing is trained here.",
+    )
+    add = extend.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT")
+    add("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the new configuration")
+    add("--factor", type=float, required=True, help="of the window")
+    add("--method", choices=("yarn", "ntk", "linear", "none"), default="yarn", help="of scaling (default: yarn)")
+    add("--total", action="store_true", help="of an extended model: the factor is of the window before any extension")
+    add("--output", metavar="FILE", default=None, help="(default: RUN-METHODFACTOR.yaml in this directory)")
+    add("--steps", type=int, default=None, metavar="N", help="(default: a hundredth of the run's, at least 100)")
+    add("--lr", type=float, default=None, help="peak learning rate (default: that at the end of the run)")
+    extend.set_defaults(run=_extend)
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -202,6 +223,13 @@ def _finetune(arguments: argparse.Namespace) -> int:
         count = _process_count(arguments.nproc_per_node, pick_device("auto"))
         return launch_local(["finetune", arguments.config, *arguments.overrides], count)
     return train(arguments.config, arguments.overrides, TaskData)
+
+
+def _extend(arguments: argparse.Namespace) -> int:
+    from megameta.commands.extend import extend
+
+    options = {key: getattr(arguments, key) for key in ("factor", "method", "total", "output", "steps", "lr")}
+    return extend(arguments.source, arguments.overrides, **options)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
