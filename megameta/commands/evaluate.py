@@ -95,7 +95,7 @@ def _table(source: str, results: dict[str, EvalResult]) -> Table:
 
 
 def _position_table(source: str, positions: dict[str, list[PositionResult]]) -> Table:
-    caption = "position: tokens of text that the target is predicted from, meta-tokens not counted"
+    caption = "position: tokens of text before the target"
     table = Table(title=f"{source}: by position in the sequence", caption=caption)
     for column in ("set", "positions", "loss (nats/token)", "perplexity", "targets"):
         table.add_column(column, justify="left" if column == "set" else "right")
