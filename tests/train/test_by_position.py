@@ -92,8 +92,9 @@ def test_buckets_against_a_naive_loop(corpus, buckets):
         assert losses == pytest.approx([loss for loss, _ in expected], rel=1e-5)
 
 
-def test_buckets_add_up_to_the_total_which_they_do_not_change(corpus):
-    config = make_config(corpus)
+@pytest.mark.parametrize("documents", [{}, {"data__cross_documents": False}], ids=["run on", "padded"])
+def test_buckets_add_up_to_the_total_which_they_do_not_change(corpus, documents):
+    config = make_config(corpus, **documents)
     plain, parted = measure(config, 0), measure(config, 7)
     for name, scores in parted.items():
         assert plain[name].by_group == ()
