@@ -158,8 +158,16 @@ def test_what_method_none_has_extended_counts_as_extended():
 def test_weights_from_elsewhere_have_the_models_window(capsys):
     path = make_run(build_config({"model": values_of()["model"]}), trained=False)
     extend(str(path), [], factor=2.0, output="it.yaml")
-    assert load_run_config("it.yaml").data.sequence_length == 64
+    after = load_run_config("it.yaml")
+    assert after.data.sequence_length == 64 and after.train.global_batch_size == 4, "half of the default"
     assert "data.train is empty" in capsys.readouterr().out
+    model = {**values_of()["model"], **YARN4, "max_position_embeddings": 128}
+    path = make_run(build_config({"run": {"dir": "longer"}, "model": model}), trained=False)
+    with pytest.raises(UserError, match="extended already, from 32 to 128 slots by yarn"):
+        extend(str(path), [], factor=2.0)
+    extend(str(path), [], factor=8.0, total=True, output="longer.yaml")
+    after = load_run_config("longer.yaml")
+    assert after.data.sequence_length == 256 and after.train.global_batch_size == 4
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,17 @@ def extend(
     """
     checkpoint = open_checkpoint(source)
     config = checkpoint.config
-    window = config.model.original_max_position_embeddings
-    if not _is_extended(config):  # weights alone, converted from elsewhere, come without a run's sequence length
-        window = config.data.sequence_length if checkpoint.has_trainer else config.model.max_position_embeddings
+    if not checkpoint.has_trainer:  # weights alone, converted from elsewhere, come without a run's sequence length
+        length = f"data.sequence_length={config.model.max_position_embeddings}"
+        config = build_config(apply_overrides(config.to_dict(), [length]), source)
+    first = config.model.original_max_position_embeddings
+    window = first if _is_extended(config) else config.data.sequence_length
     _check_source(config, source, window, factor, total)
     run_dir = _run_directory(checkpoint.path, config)
     suffix = f"-{'long' if method == 'none' else method}{factor:g}"
     made = extended_config(
         config,
         window=window,
-        length=config.data.sequence_length if checkpoint.has_trainer else window,
         factor=factor,
         method=method,
         weights=str(checkpoint.path),
@@ -88,7 +89,6 @@ def extended_config(
     method: str,
     weights: str,
     run_dir: str,
-    length: int | None = None,
     steps: int | None = None,
     lr: float | None = None,
     overrides: list[str] | None = None,
@@ -99,17 +99,15 @@ def extended_config(
 
     Args:
         window: before any extension.
-        length: slots of the sequences so far. Default: as the configuration has it.
         weights: becomes init.from_checkpoint.
 
     Raises:
         UserError: the new window is no whole number of slots.
     """
-    length = config.data.sequence_length if length is None else length
     wanted = Fraction(str(factor)) * window
     if wanted.denominator != 1:
         raise UserError(f"--factor {factor:g}: {window} slots times that is {float(wanted):g}, not a whole number")
-    growth = wanted / length
+    growth = wanted / config.data.sequence_length
     values = config.to_dict()
     values["run"]["dir"] = run_dir
     values["init"]["from_checkpoint"] = weights
