@@ -38,26 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_arguments(finetune)
     finetune.add_argument("--nproc-per-node", metavar="N", default=None, help="as of train")
     finetune.set_defaults(run=_finetune)
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="held-out loss, perplexity and bits per byte",
-        description="Evaluate a checkpoint, the latest one of a run, or a HuggingFace export on held-out datasets."
-        " A run brings its configuration; overrides may name other sets (data.valid=PREFIX), more samples"
-        " (eval.num_samples=0: all) or switches of the model (model.zero_meta_positions=true).",
-    )
-    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
-    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
-    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
-    evaluate.set_defaults(run=_evaluate)
-    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
-    generate.add_argument("source", metavar="EXPORT")
-    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
-    generate.set_defaults(run=_generate)
+    _add_extend(commands)
+    _add_evaluate(commands)
+    _add_generate(commands)
     _add_tokenizer(commands)
     _add_tasks(commands)
     _add_reproduce(commands)
@@ -76,6 +59,59 @@ def build_parser() -> argparse.ArgumentParser:
     schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(run=_config_schema)
     return parser
+
+
+def _add_extend(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    extend = commands.add_parser(
+        "extend",
+        help="write the configuration of going on at a longer window",
+        description="From a run or checkpoint with rotary positions, write the YAML file of continued pre-training (or"
+        " of fine-tuning, where the run did that) at a multiple of its window: sequences, scaled positions, batch,"
+        " steps and schedule. docs/extension.md says what the methods do. Nothing is trained here.",
+    )
+    add = extend.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT")
+    add("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the new configuration")
+    add("--factor", type=float, required=True, help="of the window")
+    add("--method", choices=("yarn", "ntk", "linear", "none"), default="yarn", help="of scaling (default: yarn)")
+    add("--total", action="store_true", help="of an extended model: the factor is of the window before any extension")
+    add("--output", metavar="FILE", default=None, help="(default: RUN-METHODFACTOR.yaml in this directory)")
+    add("--steps", type=int, default=None, metavar="N", help="(default: a hundredth of the run's, at least 100)")
+    add("--lr", type=float, default=None, help="peak learning rate (default: that at the end of the run)")
+    extend.set_defaults(run=_extend)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out loss, perplexity and bits per byte",
+        description="Evaluate a checkpoint, the latest one of a run, or a HuggingFace export on held-out datasets."
+        " A run brings its configuration; overrides may name other sets (data.valid=PREFIX), more samples"
+        " (eval.num_samples=0: all) or switches of the model (model.zero_meta_positions=true).",
+    )
+    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
+    evaluate.add_argument(
+        "--by-position",
+        type=int,
+        default=0,
+        metavar="BUCKETS",
+        help="also by position in the sequence, in as many parts",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
+    generate.add_argument("source", metavar="EXPORT")
+    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
+    generate.set_defaults(run=_generate)
 
 
 def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -211,10 +247,17 @@ def _finetune(arguments: argparse.Namespace) -> int:
     return train(arguments.config, arguments.overrides, TaskData)
 
 
+def _extend(arguments: argparse.Namespace) -> int:
+    from megameta.commands.extend import extend
+
+    options = {key: getattr(arguments, key) for key in ("factor", "method", "total", "output", "steps", "lr")}
+    return extend(arguments.source, arguments.overrides, **options)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megameta.commands.evaluate import evaluate
 
-    return evaluate(arguments.source, arguments.overrides, json_path=arguments.json)
+    return evaluate(arguments.source, arguments.overrides, json_path=arguments.json, buckets=arguments.by_position)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

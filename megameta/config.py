@@ -6,6 +6,7 @@ A YAML file says only what differs from the defaults below; ``base: other.yaml``
 import copy
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -279,7 +280,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Every value, in the order of the sections."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -308,6 +309,11 @@ for _yaml in (_StrictLoader, _Dumper):
     _yaml.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that reads back the same; a text is one line."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def load_raw(path: str | os.PathLike[str], overrides: list[str] | None = None) -> dict[str, Any]:

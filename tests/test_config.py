@@ -285,9 +285,18 @@ def test_the_files_in_configs(path, tmp_path):
         if config.model.position == "ape":
             expected += 768 * config.model.max_position_embeddings
         assert parameters == pytest.approx(expected, rel=1e-3)
-        assert config.train.global_batch_size * 1024 == 12 * 40 * 1024
         o = config.optimizer
-        assert (o.lr, o.min_lr, o.warmup_steps, o.betas, o.weight_decay) == (6e-4, 6e-5, 2000, (0.9, 0.95), 0.1)
+        assert (o.betas, o.weight_decay, o.clip_grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+        scaled = config.model.position_scaling_factor
+        if config.model.position_scaling == "none":
+            assert config.train.global_batch_size * 1024 == 12 * 40 * 1024
+            assert (config.train.num_steps, o.lr, o.min_lr, o.warmup_steps) == (200_000, 6e-4, 6e-5, 2000)
+        else:  # goes on from the end of the pre-training
+            assert config.train.global_batch_size * 1024 * scaled == pytest.approx(12 * 40 * 1024, rel=0.07)
+            assert (config.train.num_steps, o.lr, o.min_lr, o.warmup_steps) == (2000, 6e-5, 6e-6, 100)
+            assert config.data.sequence_length == config.model.max_position_embeddings == 1024 * scaled
+            assert config.model.original_max_position_embeddings == 1024
+            assert config.init.from_checkpoint == "runs/paper-meta-rope" != config.run.dir
     elif scale:
         branch = sum(p.numel() for name, p in model.named_parameters() if "meta" in name)
         assert parameters - branch == pytest.approx({"1.3b.yaml": 1.31e9, "7b.yaml": 6.65e9}[path.name], rel=5e-3)
@@ -296,4 +305,5 @@ def test_the_files_in_configs(path, tmp_path):
 
 
 def test_there_are_configs():
-    assert {"meta-rope.yaml", "meta-ape.yaml", "gpt2-ape.yaml"} <= {p.name for p in CONFIGS}
+    wanted = {"meta-rope.yaml", "meta-ape.yaml", "gpt2-ape.yaml", "meta-rope-yarn4.yaml", "meta-rope-yarn8.yaml"}
+    assert wanted <= {p.name for p in CONFIGS}

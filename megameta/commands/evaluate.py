@@ -16,19 +16,20 @@ from megameta.errors import UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.launch import pick_device
 from megameta.parallel.topology import Topology
-from megameta.train.evaluation import EvalResult, Evaluator
+from megameta.train.evaluation import EvalResult, Evaluator, PositionResult
 from megameta.train.losses import LossModule, make_scores, sum_scores
 from megameta.train.setup import build_model
 from megameta.validate import validate
 
 
-def evaluate(source: str, overrides: list[str], *, json_path: str | None = None) -> int:
+def evaluate(source: str, overrides: list[str], *, json_path: str | None = None, buckets: int = 0) -> int:
     """Print loss, perplexity and bits per byte on the sets of data.valid, with and without meta-tokens.
 
     Args:
         source: checkpoint, run directory, or HuggingFace export. A checkpoint brings its configuration; of an export
             data.valid and data.sequence_length must be given.
         overrides: values that replace those of the configuration, evaluation-time switches of the model included.
+        buckets: also print loss and perplexity by position, in as many buckets (``Evaluator``); 0: not.
     """
     config, weights = load_source(source, overrides)
     if not config.data.valid and config.data.split is None:
@@ -36,17 +37,27 @@ def evaluate(source: str, overrides: list[str], *, json_path: str | None = None)
     device = pick_device(config.run.device)
     validate(config, world_size=1, device=device)
     module = LossModule(build_model(config, weights)).to(device).eval()
-    evaluator = Evaluator(config, Topology(device=device))
+    evaluator = Evaluator(config, Topology(device=device), buckets)
     console = Console()
     results: dict[str, EvalResult] = {}
+    positions: dict[str, list[PositionResult]] = {}
+    score = partial(module, score=True, num_groups=buckets)
     with torch.no_grad(), console.status("evaluating"):
         for name in evaluator.sets:
-            batches = evaluator.batches(name)
-            total, counts = sum_scores(partial(module, score=True), batches, evaluator.byte_counts, device)
-            results[name] = EvalResult.of(make_scores(total.tolist(), counts))
+            total, counts = sum_scores(score, evaluator.batches(name), evaluator.byte_counts, device, buckets)
+            scores = make_scores(total.tolist(), counts)
+            results[name] = EvalResult.of(scores)
+            positions[name] = PositionResult.of(scores, config.data.text_per_sample)
     console.print(_table(source, results))
+    if buckets:
+        console.print(_position_table(source, positions))
     if json_path is not None:
-        record = {"source": source, "eval": {name: vars(result) for name, result in results.items()}}
+        record: dict[str, Any] = {
+            "source": source,
+            "eval": {name: {**vars(result)} for name, result in results.items()},
+        }
+        for name in positions if buckets else ():
+            record["eval"][name]["by_position"] = [vars(row) for row in positions[name]]
         write_text_atomically(Path(json_path), json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -80,4 +91,18 @@ def _table(source: str, results: dict[str, EvalResult]) -> Table:
     for name, result in results.items():
         bits = "–" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         table.add_row(name, f"{result.loss:.4f}", f"{result.perplexity:.2f}", bits, f"{result.targets:,}")
+    return table
+
+
+def _position_table(source: str, positions: dict[str, list[PositionResult]]) -> Table:
+    caption = "position: tokens of text before the target"
+    table = Table(title=f"{source}: by position in the sequence", caption=caption)
+    for column in ("set", "positions", "loss (nats/token)", "perplexity", "targets"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for name, rows in positions.items():
+        for number, row in enumerate(rows):
+            loss = "–" if row.loss is None else f"{row.loss:.4f}"
+            perplexity = "–" if row.perplexity is None else f"{row.perplexity:.2f}"
+            places = f"{row.first:,}–{row.last:,}"
+            table.add_row("" if number else name, places, loss, perplexity, f"{row.targets:,}")
     return table

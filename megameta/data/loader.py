@@ -24,6 +24,8 @@ class Batch:
     sample_ids: tuple[int, ...]
     first_target: int = 0
     """No target stands in a column before this one."""
+    group_BT: Tensor | None = None
+    """Which group of an evaluation the target of each slot counts to, from 0, where losses are summed by groups."""
 
     def to(self, device: str) -> "Batch":
         """The batch on a device."""
@@ -40,6 +42,7 @@ class Batch:
             label_BT=change(self.label_BT),
             document_BT=None if self.document_BT is None else change(self.document_BT),
             position_BT=None if self.position_BT is None else change(self.position_BT),
+            group_BT=None if self.group_BT is None else change(self.group_BT),
         )
 
     def padded(self, multiple: int, token: int) -> "Batch":
@@ -52,13 +55,14 @@ class Batch:
         def extend(x_BT: Tensor, value: Tensor | int) -> Tensor:
             return torch.cat((x_BT, x_BT.new_zeros(x_BT.shape[0], count) + value), dim=1)
 
-        documents, positions = self.document_BT, self.position_BT
+        documents, positions, groups = self.document_BT, self.position_BT, self.group_BT
         return replace(
             self,
             token_BT=extend(self.token_BT, token),
             label_BT=extend(self.label_BT, IGNORE_INDEX),
             document_BT=None if documents is None else extend(documents, documents.amax(dim=1, keepdim=True) + 1),
             position_BT=None if positions is None else extend(positions, 0),
+            group_BT=None if groups is None else extend(groups, 0),
         )
 
     @property

@@ -1,6 +1,7 @@
 """Shape and switches of the model. A plain dataclass, so that an exported model needs no other package."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 Position = Literal["rope", "ape", "none", "rnope"]
@@ -43,9 +44,10 @@ class ModelConfig:
     position_scaling: PositionScaling = "none"
     """Context extension of rope, rnope: yarn, ntk (a larger base), linear (positions interpolated); see docs."""
     position_scaling_factor: float = 1.0
-    """How many times the original window the model shall reach."""
+    """How many times the original window the model shall reach; above 1 with position_scaling."""
     original_max_position_embeddings: int = 0
-    """Window before the extension, which yarn's frequencies depend on. Default: max_position_embeddings."""
+    """Window before the extension, which yarn's frequencies depend on. Must be given with position_scaling; otherwise
+    it is max_position_embeddings."""
     yarn_beta_fast: float = 32.0
     """yarn: channels that turn more often than this in the original window stay as they are."""
     yarn_beta_slow: float = 1.0
@@ -80,6 +82,7 @@ class ModelConfig:
     """Attention kernel. auto: flash-attn on a GPU where it is installed, else torch's sdpa."""
 
     def __post_init__(self) -> None:
+        self._check_scaling()
         defaults = {
             "meta_token_id": (-1, self.vocab_size - 1),
             "num_key_value_heads": (0, self.num_heads),
@@ -108,19 +111,48 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.position_scaling != "none" and not self.uses_rope:
-            raise ValueError(
-                f"position_scaling {self.position_scaling} extends rotary positions, and position is {self.position}:"
-                " learned positions end at their window, and none has nothing to scale"
-            )
-        if self.position_scaling_factor < 1 or (self.position_scaling == "none" and self.position_scaling_factor != 1):
-            raise ValueError(
-                f"position_scaling_factor {self.position_scaling_factor} is at least 1, and 1 without position_scaling"
-            )
         if self.uses_rope and (self.rotary_size < 2 or self.rotary_size % 2):
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head width {self.head_size} rotates"
                 f" {self.rotary_size} channels; an even number of at least 2 is needed"
+            )
+        if self.position_scaling == "ntk" and self.rotary_size < 4:
+            raise ValueError(f"position_scaling ntk needs 4 rotated channels or more, and there are {self.rotary_size}")
+
+    def _check_scaling(self) -> None:
+        """Before defaults are filled in: the window before an extension has none that would be right."""
+        scaling, factor = self.position_scaling, self.position_scaling_factor
+        window = self.original_max_position_embeddings
+        if scaling != "none" and not self.uses_rope:
+            raise ValueError(
+                f"position_scaling {scaling} extends rotary positions, and position is {self.position}: learned"
+                " positions end at their window, and none has nothing to scale; take position_scaling away"
+            )
+        if scaling == "none" and factor != 1.0:
+            raise ValueError(
+                f"position_scaling_factor {factor} has no effect without position_scaling: say how (yarn, ntk, linear),"
+                " or leave the factor out"
+            )
+        if scaling != "none" and not 1.0 < factor < math.inf:
+            raise ValueError(
+                f"position_scaling {scaling} needs a position_scaling_factor above 1 (how many times the original"
+                f" window), not {factor}"
+            )
+        if window < 0 or (window == 0 and scaling != "none"):
+            raise ValueError(
+                f"position_scaling {scaling} needs original_max_position_embeddings: the window before the extension,"
+                " as a number of at least 1 (the sequence length of the run that the weights come from)"
+            )
+        yarn = (self.yarn_beta_fast, self.yarn_beta_slow, self.yarn_attention_factor)
+        if scaling != "yarn" and yarn != (32.0, 1.0, 1.0):
+            raise ValueError(
+                f"yarn_beta_fast, yarn_beta_slow and yarn_attention_factor {yarn} have no effect with position_scaling"
+                f" {scaling}: set it to yarn, or leave them out"
+            )
+        if not (0 < self.yarn_beta_slow < self.yarn_beta_fast < math.inf and 0 < self.yarn_attention_factor < math.inf):
+            raise ValueError(
+                f"yarn_beta_slow {self.yarn_beta_slow} must be below yarn_beta_fast {self.yarn_beta_fast}, and they and"
+                f" yarn_attention_factor {self.yarn_attention_factor} above 0"
             )
 
     def _check_meta_layers(self) -> None:

@@ -27,7 +27,7 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
     if config.position_scaling == "none":
         return theta ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     exponent_P = torch.arange(0, size, 2, device=device, dtype=torch.float64) / size
-    if config.position_scaling == "ntk" and size > 2:
+    if config.position_scaling == "ntk":
         theta *= factor ** (size / (size - 2))
     frequency_P = theta**-exponent_P
     if config.position_scaling == "linear":

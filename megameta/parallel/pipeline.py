@@ -138,9 +138,9 @@ def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[T
     return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
 
 
-def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits, labels) to what an evaluation sums up, float64 (3,): cross-entropies in nats, targets that are the most
-    likely token, rows all of whose targets are.
+def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
+    """(logits, labels, groups or None, their number G) to what an evaluation sums up, float64 (3 + G,): cross-entropies
+    in nats, targets that are the most likely token, rows all of whose targets are; cross-entropies by group.
 
     A row whose targets are an answer and its end is one that greedy decoding would answer exactly: each step of it
     sees the answer's earlier tokens, as here.
@@ -148,12 +148,19 @@ def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[
     loss = loss_function(config, tp)
     start = tp.rank * vocabulary_multiple(config, tp.size) if tp is not None else 0
 
-    def score(logits_BTN: Tensor, label_BT: Tensor) -> Tensor:
+    def score(logits_BTN: Tensor, label_BT: Tensor, group_BT: Tensor | None = None, num_groups: int = 0) -> Tensor:
         predicted_BT = logits_BTN.argmax(dim=-1) if tp is None else vocabulary_argmax(logits_BTN, start, tp)
         counts_BT = label_BT != IGNORE_INDEX
         right_BT = predicted_BT == label_BT
         exact_B = (right_BT | ~counts_BT).all(dim=1) & counts_BT.any(dim=1)
-        return torch.stack([loss(logits_BTN, label_BT).double(), right_BT.sum().double(), exact_B.sum().double()])
+        sums = [loss(logits_BTN, label_BT), right_BT.sum(), exact_B.sum()]
+        if group_BT is not None:
+            members = [counts_BT & (group_BT == group) for group in range(num_groups)]  # the same on all of tp's ranks
+            # a sum of no losses is left out: it would be a collective over nothing
+            sums += [
+                loss(logits_BTN[m_BT], label_BT[m_BT]) if m_BT.any() else sums[0].new_zeros(()) for m_BT in members
+            ]
+        return torch.stack([value.double() for value in sums])
 
     return score
 
@@ -161,22 +168,23 @@ def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[
 class StageLoss:
     """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
 
-    ``scoring``: whether that is what ``score_function`` gives, or the sum of cross-entropies alone.
+    ``scoring``: whether that is what ``score_function`` gives, for ``num_groups`` groups, or the sum of cross-entropies
+    alone.
     """
 
-    def __init__(
-        self, cross_entropy: Callable[[Tensor, Tensor], Tensor], score: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, cross_entropy: Callable[[Tensor, Tensor], Tensor], score: Callable[..., Tensor]) -> None:
         self.cross_entropy = cross_entropy
         self.score = score
         self.scale = 1.0
         self.scoring = False
+        self.num_groups = 0
         self.sums: list[Tensor] = []
 
-    def __call__(self, logits_BTV: Tensor, label_BT: Tensor) -> Tensor:
-        """Sum of cross-entropies times ``scale``."""
+    def __call__(self, logits_BTV: Tensor, label: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Sum of cross-entropies times ``scale``. Labels (B, T), or (labels, groups)."""
+        label_BT, group_BT = label if isinstance(label, tuple) else (label, None)
         if self.scoring:
-            self.sums.append(self.score(logits_BTV, label_BT).detach())
+            self.sums.append(self.score(logits_BTV, label_BT, group_BT, self.num_groups).detach())
             return self.sums[-1][0]
         loss_sum = self.cross_entropy(logits_BTV, label_BT)
         self.sums.append(loss_sum.detach().double())

@@ -183,16 +183,19 @@ class Engine:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None) -> Scores:
-        """Sums over all ranks. Every rank passes as many batches."""
-        total, counts = self._sum_scores(self._equal_shards(batches), byte_counts)
+    def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None, num_groups: int = 0) -> Scores:
+        """Sums over all ranks. Every rank passes as many batches; with ``num_groups`` all of them have groups."""
+        total, counts = self._sum_scores(self._equal_shards(batches), byte_counts, num_groups)
         per_rank = [self._gather(part) for part in total]
         sums = [sum(values[rank] for rank in self.topology.loss_ranks()) for values in per_rank]
         return make_scores(sums, self._sum_over_replicas(counts))
 
-    def _sum_scores(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, list[int]]:
+    def _sum_scores(
+        self, batches: Iterable[Batch], byte_counts: Tensor | None, num_groups: int
+    ) -> tuple[Tensor, list[int]]:
         self.engine.eval()
-        return sum_scores(partial(self.engine, score=True), batches, byte_counts, self.topology.device)
+        score = partial(self.engine, score=True, num_groups=num_groups)
+        return sum_scores(score, batches, byte_counts, self.topology.device, num_groups)
 
     def _equal_shards(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Without meta-tokens sequences are shorter, and may not divide by the tensor-parallel size."""

@@ -13,6 +13,7 @@ from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
 from megameta.data.loader import Batch, collate
 from megameta.data.sources import TEST, held_out_samples
 from megameta.data.tokenizer import load_tokenizer
+from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
 from megameta.train.losses import Scores
@@ -39,6 +40,30 @@ class EvalResult:
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.targets:,} targets)"
 
 
+@dataclass(frozen=True)
+class PositionResult:
+    """Loss in nats a target and perplexity over the targets at positions ``first`` … ``last``; None without any.
+
+    A target at position j is predicted from j tokens of text in its sequence (``Evaluator``)."""
+
+    first: int
+    last: int
+    loss: float | None
+    perplexity: float | None
+    targets: int
+
+    @classmethod
+    def of(cls, scores: Scores, length: int) -> list["PositionResult"]:
+        """From sums by bucket, of ``length`` positions."""
+        count, found = len(scores.by_group), []
+        for bucket, (loss_sum, targets) in enumerate(scores.by_group):
+            first, end = (-(-b * length // count) for b in (bucket, bucket + 1))
+            loss = loss_sum / targets if targets else None
+            perplexity = None if loss is None else math.exp(min(loss, 700.0))
+            found.append(cls(first + 1, end, loss, perplexity, targets))
+        return found
+
+
 def evaluated_samples(config: RunConfig, dataset: Dataset) -> list[int]:
     """Which samples of a held-out set are evaluated: eval.num_samples of them, evenly spread."""
     wanted = min(config.eval.num_samples or len(dataset), len(dataset))
@@ -51,10 +76,24 @@ class Evaluator:
     A set's samples are L-token windows of its text in the order on disk, evenly spread; the same windows are read with
     meta-tokens injected and without, and by a twin with the same L. The first token of a window never counts, because a
     model without meta-tokens has nothing to predict it from. So every number is over the same targets (spec §4).
+
+    Args:
+        position_buckets: batches have groups, as many: the L targets that a window may have are numbered j = 1 … L by
+            the text tokens before them (meta-tokens do not count, so that a twin's positions are the same), and target
+            j is in group (j − 1) · buckets // L.
+
+    Raises:
+        UserError: more buckets than positions.
     """
 
-    def __init__(self, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, position_buckets: int = 0) -> None:
         self.config = config
+        self.position_buckets = position_buckets
+        if not 0 <= position_buckets <= config.data.text_per_sample:
+            raise UserError(
+                f"{position_buckets} buckets of positions: a sequence has {config.data.text_per_sample} tokens of text"
+                " (data.sequence_length without its meta-tokens); give a number from 1 to that"
+            )
         self.topology = topology
         form = replace(
             SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed, config.model.vocab_size),
@@ -94,4 +133,12 @@ class Evaluator:
             samples = [dataset[chosen[i] if i < wanted else chosen[0]] for i in range(first, first + micro)]
             batch = collate(samples, dataset.form.num_meta_tokens)
             batch.label_BT[max(0, wanted - first) :] = IGNORE_INDEX
-            yield batch
+            yield replace(batch, group_BT=self._buckets(batch, dataset.form)) if self.position_buckets else batch
+
+    def _buckets(self, batch: Batch, form: SampleFormat) -> Tensor:
+        """The bucket of each slot's target, int64 (B, T)."""
+        is_text_BT = torch.ones_like(batch.token_BT)
+        if form.num_meta_tokens:  # otherwise the id may be that of a word
+            is_text_BT = (batch.token_BT != form.meta_token_id).long()
+        position_BT = is_text_BT.cumsum(dim=1).clamp(min=1)  # leading meta-tokens have no target that counts
+        return (position_BT - 1) * self.position_buckets // form.text_per_sample

@@ -24,8 +24,8 @@ class LossModule(nn.Module):
         self.cross_entropy = loss_function(gpt.config, tensor_parallel)
         self.score = score_function(gpt.config, tensor_parallel)
 
-    def forward(self, batch: Batch, score: bool = False) -> Tensor:
-        """Sum of the batch's cross-entropies in nats, a scalar; with ``score`` what ``score_function`` gives, (3,)."""
+    def forward(self, batch: Batch, score: bool = False, num_groups: int = 0) -> Tensor:
+        """Sum of the batch's cross-entropies in nats, a scalar; with ``score``: of ``score_function``, (3 + G,)."""
         context = make_context(
             self.gpt.config,
             batch.token_BT,
@@ -38,7 +38,11 @@ class LossModule(nn.Module):
         # Where loss is on answers alone most logits are for nothing. (Sharded sequences are not cut by columns.)
         first = batch.first_target if self.tensor_parallel is None else 0
         logits_BTN = self.gpt.head(x_BTD[:, first:], self.gpt.embedding.tokens.weight)
-        return (self.score if score else self.cross_entropy)(logits_BTN, batch.label_BT[:, first:])
+        label_BT = batch.label_BT[:, first:]
+        if score:
+            group_BT = batch.group_BT if batch.group_BT is None else batch.group_BT[:, first:]
+            return self.score(logits_BTN, label_BT, group_BT, num_groups)
+        return self.cross_entropy(logits_BTN, label_BT)
 
 
 @dataclass(frozen=True)
@@ -52,33 +56,44 @@ class Scores:
     correct: int
     rows: int
     exact: int
+    by_group: tuple[tuple[float, int], ...] = ()
+    """(loss in nats, targets) of each group of targets."""
 
 
 def sum_scores(
-    score: Callable[[Batch], Tensor], batches: Iterable[Batch], byte_counts: Tensor | None, device: str
+    score: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    byte_counts: Tensor | None,
+    device: str,
+    num_groups: int = 0,
 ) -> tuple[Tensor, list[int]]:
-    """(float64 (3,) as of ``score_function``; targets, their bytes, rows) over batches.
+    """(float64 (3 + G,) as of ``score_function``; targets, their bytes, rows, targets by group) over batches.
 
     Args:
-        score: of one batch, (3,).
+        score: of one batch, (3 + G,).
         byte_counts: (V,) bytes that each token stands for; without it bytes are 0.
+        num_groups: G, where batches have groups.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-    counts = [0, 0, 0]
+    total = torch.zeros(3 + num_groups, dtype=torch.float64, device=device)
+    counts = [0] * (3 + num_groups)
     for batch in batches:
         total += score(batch.to(device))
-        counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts), strict=True)]
+        counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts, num_groups), strict=True)]
     return total, counts
 
 
 def make_scores(total: Sequence[float], counts: Sequence[int]) -> Scores:
     """From what ``sum_scores`` gives."""
-    return Scores(total[0], counts[0], counts[1], round(total[1]), counts[2], round(total[2]))
+    groups = tuple(zip(total[3:], counts[3:], strict=True))
+    return Scores(total[0], counts[0], counts[1], round(total[1]), counts[2], round(total[2]), groups)
 
 
-def count_targets(batch: Batch, byte_counts: Tensor | None) -> tuple[int, int, int]:
-    """(targets, bytes that they stand for, rows that have any) of a batch."""
+def count_targets(batch: Batch, byte_counts: Tensor | None, num_groups: int = 0) -> list[int]:
+    """Targets, bytes that they stand for, rows that have any; then targets by group."""
     counts_BT = batch.label_BT != IGNORE_INDEX
     labels = batch.label_BT[counts_BT]
     num_bytes = int(byte_counts[labels].sum()) if byte_counts is not None else 0
-    return labels.numel(), num_bytes, int(counts_BT.any(dim=1).sum())
+    counts = [labels.numel(), num_bytes, int(counts_BT.any(dim=1).sum())]
+    if batch.group_BT is None:
+        return counts
+    return counts + torch.bincount(batch.group_BT[counts_BT], minlength=num_groups).tolist()

@@ -48,16 +48,18 @@ class PipelineEngine(Engine):
         with torch.no_grad():
             self.engine.module._synchronize_tied_weights()
 
-    def _sum_scores(self, batches: Iterable[Batch], byte_counts: Tensor | None) -> tuple[Tensor, list[int]]:
-        total = torch.zeros(3, dtype=torch.float64, device=self.topology.device)
-        counts = [0, 0, 0]
-        self.loss.scoring = True
+    def _sum_scores(
+        self, batches: Iterable[Batch], byte_counts: Tensor | None, num_groups: int
+    ) -> tuple[Tensor, list[int]]:
+        total = torch.zeros(3 + num_groups, dtype=torch.float64, device=self.topology.device)
+        counts = [0] * (3 + num_groups)
+        self.loss.scoring, self.loss.num_groups = True, num_groups
         for chunk in _like_shapes(batches):
             self._expect(chunk)
             self.engine.eval_batch(_items(chunk), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             total += self._take_sums()
             for batch in chunk:
-                counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts), strict=True)]
+                counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts, num_groups), strict=True)]
         self.loss.scoring = False
         return total, counts
 
@@ -82,9 +84,10 @@ def _like_shapes(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
             yield chunk
 
 
-def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels."""
-    return iter([(pack_rows(b.token_BT, b.document_BT, b.position_BT), b.label_BT) for b in batches])
+def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+    """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels, with their groups."""
+    labels = [b.label_BT if b.group_BT is None else (b.label_BT, b.group_BT) for b in batches]
+    return iter([(pack_rows(b.token_BT, b.document_BT, b.position_BT), label) for b, label in zip(batches, labels)])
 
 
 def make_engine(config: RunConfig, topology: Topology, weights: Mapping[str, Tensor] | None = None) -> Engine:

@@ -119,12 +119,14 @@ def test_padding_changes_nothing_before_it():
         position_BT=torch.arange(5).expand(2, 5),
         num_meta_columns=0,
         sample_ids=(0, 1),
+        group_BT=torch.arange(1, 6).expand(2, 5),
     )
     padded = batch.padded(4, token=7)
     assert padded.token_BT.tolist() == [[0, 1, 2, 3, 4, 7, 7, 7], [5, 6, 7, 8, 9, 7, 7, 7]]
     assert padded.label_BT[:, 5:].eq(-100).all() and padded.num_targets == batch.num_targets
     assert padded.document_BT[:, 5:].tolist() == [[2] * 3, [1] * 3], "a document of its own"
     assert padded.position_BT[:, 5:].eq(0).all()
+    assert padded.group_BT.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]] * 2
     assert batch.padded(5, token=7) is batch
     plain = dataclasses.replace(batch, document_BT=None, position_BT=None).padded(3, token=7)
     assert plain.document_BT is None and plain.position_BT is None and plain.token_BT.shape == (2, 6)

@@ -29,6 +29,8 @@ CASES = covering(
         "rotary_fraction": [1.0, 0.5],
     }
 )
+#: The window before an extension.
+WINDOW = {"original_max_position_embeddings": 16}
 CASES += [
     {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0, "zero_meta_positions": True},
     {"position": "rnope", "position_scaling": "ntk", "position_scaling_factor": 2.0, "rotary_fraction": 0.5},
@@ -36,6 +38,7 @@ CASES += [
     {"num_layers": 3, "meta_layers": (1,), "parallel_residual": True},
     {"num_layers": 4, "meta_layers": (0, 3), "position": "ape", "bias": True, "qk_norm": True},
 ]
+CASES = [case | WINDOW if "position_scaling" in case else case for case in CASES]
 #: The options of a baseline that GPT2LMHeadModel computes.
 BASELINE = {"position": "ape", "meta_attention": False}
 

@@ -31,9 +31,28 @@ def export_small(directory: Path, dtype: torch.dtype | None = None, **changes):
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a process without megameta finds in an export."""
-    root = tmp_path_factory.mktemp("opened")
+    return open_elsewhere(tmp_path_factory.mktemp("opened"))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The same of a model whose window YaRN has extended, from less than the probe's length to four times of it."""
+    return open_elsewhere(
+        tmp_path_factory.mktemp("extended"),
+        position_scaling="yarn",
+        position_scaling_factor=4.0,
+        original_max_position_embeddings=8,
+        yarn_beta_fast=0.12,  # a window of 8 holds few turns: so two pairs stay, one is between, one is interpolated
+        yarn_beta_slow=0.005,
+        max_position_embeddings=32,
+        zero_meta_positions=True,
+    )
+
+
+def open_elsewhere(root: Path, **changes) -> dict:
+    """Export a model, and open it in a process where megameta cannot be imported."""
     tokenizer = small_tokenizer()
-    config = tokenizer_config(tokenizer, tie_embeddings=False)
+    config = tokenizer_config(tokenizer, tie_embeddings=False, **changes)
     model = small_model(config, torch.float32, vocab_multiple=1).eval()
     with torch.no_grad():  # a model that would like to say nothing but meta-tokens
         model.head.output.weight[config.meta_token_id] = 8 * model.head.output.weight[5]
@@ -62,6 +81,28 @@ def test_auto_classes_without_megameta(opened: dict) -> None:
     assert opened["config"] == ["MegametaConfig", config.num_layers, config.meta_token_id]
     assert opened["classes"] == ["MegametaModel", "MegametaForCausalLM"]
     assert opened["error"] <= 1e-5 and opened["base_error"] <= 1e-5
+
+
+def test_an_extended_model_without_megameta(extended: dict) -> None:
+    """Equal logits beyond the original window, a cache that agrees, and the scaling in config.json."""
+    assert extended["error"] <= 1e-5 and extended["base_error"] <= 1e-5
+    assert extended["cache_agrees"] and extended["resaved_equal"]
+    saved = json.loads((extended["root"] / "export" / "config.json").read_text())
+    wanted = {"position_scaling": "yarn", "position_scaling_factor": 4.0, "original_max_position_embeddings": 8}
+    assert {key: saved[key] for key in wanted} == wanted
+    probe = load_file(extended["root"] / "probe.safetensors")
+    plain = dataclasses.replace(
+        extended["model_config"],
+        position_scaling="none",
+        position_scaling_factor=1.0,
+        yarn_beta_fast=32.0,
+        yarn_beta_slow=1.0,
+    )
+    assert probe["ids"].shape[1] > 8
+    model = small_model(plain, torch.float32, vocab_multiple=1).eval()
+    with torch.inference_mode():
+        other = model(probe["ids"])
+    assert float((other - probe["logits"]).abs().max()) > 1e-2 * float(probe["logits"].abs().max()), "scaling matters"
 
 
 def test_tokenizer_of_the_export_parses_the_meta_token(opened: dict) -> None:

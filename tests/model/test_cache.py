@@ -43,7 +43,12 @@ OPTIONS: dict[str, list] = {
     "grad": [False, True],
 }
 #: Position scaling needs rope, so that it is no option of the covering choice.
-SCALED = {"position": "rope", "position_scaling": "yarn", "position_scaling_factor": 4.0}
+SCALED = {
+    "position": "rope",
+    "position_scaling": "yarn",
+    "position_scaling_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CHOSEN = {"meta_layers": (0, 2), "num_layers": 4}
 CONFIG_KEYS = (*SCALED, *CHOSEN, "position", "zero_meta_positions", "num_key_value_heads", "parallel_residual")
 

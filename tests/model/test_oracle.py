@@ -48,13 +48,13 @@ SCALED = covering(
     {
         "position_scaling": ["linear", "ntk", "yarn"],
         "position": ["rope", "rnope"],
-        "position_scaling_factor": [1.0, 4.0, 8.0],
+        "position_scaling_factor": [1.5, 4.0, 8.0],
         "zero_meta_positions": [False, True],
         "rotary_fraction": [1.0, 0.5],
         "documents": ["one", "packed"],
         "positions": ["default", "scattered"],
         "yarn_attention_factor": [1.0, 0.7],
-        "original_max_position_embeddings": [0, 16, 2048],
+        "original_max_position_embeddings": [16, 64, 2048],
     }
 )
 #: The branch in some of three layers.
@@ -69,7 +69,10 @@ CHOSEN = covering(
     }
 )
 CASES = covering(OPTIONS)
-SCALED = [{**CASES[0], **case} for case in SCALED]
+SCALED = [
+    {**CASES[0], **case, **({} if case["position_scaling"] == "yarn" else {"yarn_attention_factor": 1.0})}
+    for case in SCALED
+]
 CHOSEN = [{**CASES[0], "num_layers": 3, **case} for case in CHOSEN]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

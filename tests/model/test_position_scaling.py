@@ -8,8 +8,10 @@ import pytest
 import torch
 from model_cases import small_config, small_model
 
+from megameta.errors import UserError
 from megameta.model import ModelConfig
 from megameta.model.rope import attention_scale, rotary_frequencies, rotation_at
+from megameta.train.setup import load_run_config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "yarn.json").read_text())
 
@@ -69,7 +71,7 @@ def test_transformers_says_the_same(kind, size, window, factor):
 
 def test_ends_of_the_spectrum():
     """ntk and yarn leave the fastest pair alone and interpolate the slowest in full."""
-    plain = rotary_frequencies(scaled(64, 1024, 1.0))
+    plain = rotary_frequencies(scaled(64, 1024, 1.0, "none"))
     for kind in ("ntk", "yarn"):
         ratio = plain / rotary_frequencies(scaled(64, 1024, 4.0, kind))
         assert float(ratio[0]) == 1.0 and float(ratio[-1]) == pytest.approx(4.0, rel=1e-5)
@@ -84,23 +86,48 @@ def test_a_zeroed_meta_position_has_cos_m_and_sin_0():
     assert not rotation.sin_BTK[0, 0].any()
 
 
-def test_a_factor_of_one_is_no_scaling():
+def test_a_factor_next_to_one_is_next_to_no_scaling():
     token = torch.randint(37, (2, 20), generator=torch.Generator().manual_seed(0))
     plain = small_model(small_config())(token)
     for kind in ("linear", "ntk", "yarn"):
-        config = small_config(position_scaling=kind)
-        torch.testing.assert_close(small_model(config)(token), plain, rtol=1e-12, atol=1e-12)
+        config = small_config(
+            position_scaling=kind, position_scaling_factor=1.0 + 1e-12, original_max_position_embeddings=64
+        )
+        torch.testing.assert_close(small_model(config)(token), plain, rtol=1e-9, atol=1e-9)
+
+
+YARN = {"position_scaling": "yarn", "position_scaling_factor": 4.0, "original_max_position_embeddings": 1024}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"position": "ape", "position_scaling": "yarn", "position_scaling_factor": 4.0}, "learned positions end"),
-        ({"position": "none", "position_scaling": "linear"}, "position is none"),
-        ({"position_scaling_factor": 4.0}, "1 without position_scaling"),
-        ({"position_scaling": "yarn", "position_scaling_factor": 0.5}, "at least 1"),
+        ({**YARN, "position": "ape"}, "learned positions end"),
+        ({**YARN, "position": "none"}, "position is none"),
+        ({"position_scaling_factor": 4.0}, "no effect without position_scaling: say how"),
+        ({**YARN, "position_scaling_factor": 0.5}, "factor above 1"),
+        ({**YARN, "position_scaling_factor": 1.0}, "factor above 1"),
+        ({**YARN, "position_scaling_factor": math.inf}, "factor above 1"),
+        ({**YARN, "position_scaling_factor": math.nan}, "factor above 1"),
+        ({**YARN, "original_max_position_embeddings": 0}, "needs original_max_position_embeddings: the window before"),
+        ({**YARN, "original_max_position_embeddings": -1}, "needs original_max_position_embeddings: the window before"),
+        ({**YARN, "position_scaling": "ntk", "rotary_fraction": 1 / 32}, "needs 4 rotated channels"),
+        ({**YARN, "position_scaling": "linear", "yarn_beta_fast": 16.0}, "no effect with position_scaling linear"),
+        ({"yarn_attention_factor": 2.0}, "no effect with position_scaling none"),
+        ({**YARN, "yarn_beta_fast": 1.0}, "must be below yarn_beta_fast 1.0"),
+        ({**YARN, "yarn_attention_factor": 0.0}, "above 0"),
     ],
 )
 def test_contradictions(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**changes)
+
+
+def test_a_window_that_is_left_out_does_not_become_the_long_one(tmp_path):
+    """The sequence length, from which a run takes its window, is the extended one."""
+    path = tmp_path / "long.yaml"
+    path.write_text("model: {position_scaling: yarn, position_scaling_factor: 4}\ndata: {sequence_length: 4096}\n")
+    with pytest.raises(UserError, match=r"model.*original_max_position_embeddings: the window before the extension"):
+        load_run_config(path)
+    found = load_run_config(path, ["model.original_max_position_embeddings=1024"]).model
+    assert (found.original_max_position_embeddings, found.max_position_embeddings) == (1024, 4096)

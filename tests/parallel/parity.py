@@ -39,7 +39,17 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "first layer": {"model__meta_layers": [0]},
         "second layer": {"model__meta_layers": [1]},
     },
-    "position": {"rope": {}, "ape": {"model__position": "ape"}, "rnope": {"model__position": "rnope"}},
+    "position": {
+        "rope": {},
+        "ape": {"model__position": "ape"},
+        "rnope": {"model__position": "rnope"},
+        "yarn": {
+            "model__position_scaling": "yarn",
+            "model__position_scaling_factor": 4.0,
+            "model__original_max_position_embeddings": LENGTH // 4,
+            "model__zero_meta_positions": True,
+        },
+    },
     "documents": {
         "restart": {"data__document_mask": True, "data__reset_positions": True},
         "mask": {"data__document_mask": True},

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from megameta.checkpoint.save import write_checkpoint
 from megameta.checkpoint.store import point_latest
+from megameta.commands.evaluate_tasks import evaluate_tasks
 from megameta.config import build_config
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.tokenizer import load_tokenizer
@@ -23,7 +25,7 @@ from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.score import wilson
 from megameta.tasks.words import WORDS
 from megameta.train.losses import LossModule, sum_scores
-from megameta.train.setup import build_model
+from megameta.train.setup import DrawnWeights, build_model
 from megameta.validate import problems
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
@@ -280,6 +282,30 @@ def test_accuracy_is_that_of_greedy_decoding(folder):
                 outcomes.add(written == ids)
             assert (int(total[2]), counts[2]) == (right, len(chosen))
     assert outcomes == {True, False}, "the test needs a model that is right on some and wrong on others"
+
+
+def test_bins_beyond_the_window(folder, tmp_path):
+    """Scaled by overrides of the evaluation; learned positions end, and such bins are not applicable."""
+
+    def losses(position, *overrides):
+        raw = settings(folder)
+        # Weights large enough for attention to matter.
+        raw["model"] |= {"position": position, "max_position_embeddings": 128, "initializer_range": 0.3}
+        config = build_config(raw)
+        path = tmp_path / position
+        if not path.exists():
+            write_checkpoint(path, config, DrawnWeights(config.model, 0))
+        evaluate_tasks(str(path), ["finetune.eval_bins=[128, 256]", *overrides], json_path=str(tmp_path / "it.json"))
+        cells = json.loads((tmp_path / "it.json").read_text())["cells"]
+        return {(c["task"], c["bin"]): c["loss"] for c in cells if c["difficulty"] == "all"}
+
+    plain = losses("rope")
+    scaled = losses("rope", "model.position_scaling=yarn", "model.position_scaling_factor=2")
+    assert plain.keys() == scaled.keys() == {(t, b) for t in ("list_recall", "parity") for b in (128, 256)}
+    assert all(plain[cell] != scaled[cell] for cell in plain)
+    assert losses("ape").keys() == {("list_recall", 128), ("parity", 128)}
+    with pytest.raises(UserError, match="learned positions end at their window"):
+        losses("ape", "model.position_scaling=yarn", "model.position_scaling_factor=2")
 
 
 @pytest.mark.parametrize(
