@@ -1,5 +1,6 @@
 """Held-out perplexity of the pre-trained twins, over the same text targets."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -7,6 +8,7 @@ from statistics import fmean
 from megameta.quickstart.report import table
 from megameta.reproduce import paper
 from megameta.reproduce.arms import ARMS, COMPARISONS
+from megameta.reproduce.figures import COLOURS, draw_lines
 from megameta.reproduce.results import read_json
 from megameta.reproduce.runs import Experiment, step_count, training_flops
 from megameta.reproduce.statistics import t_quantile
@@ -15,7 +17,13 @@ from megameta.train.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Perplexity:
-    """One evaluation of one model. ``injected``: meta-tokens stand in the text; loss in nats a text token."""
+    """One evaluation of one model.
+
+    Attributes:
+        injected: meta-tokens stand in the text.
+        loss: nats a text token.
+        by_position: (first position, last position, loss) of each bucket.
+    """
 
     arm: str
     seed: int
@@ -24,6 +32,7 @@ class Perplexity:
     perplexity: float
     bits_per_byte: float | None
     targets: int
+    by_position: tuple[tuple[int, int, float], ...]
 
 
 def perplexity_values(experiment: Experiment) -> list[Perplexity]:
@@ -34,11 +43,12 @@ def perplexity_values(experiment: Experiment) -> list[Perplexity]:
             for name, result in results.items():
                 injected = ARMS[arm].meta_tokens and not name.endswith("/no-meta")
                 numbers = (result["loss"], result["perplexity"], result["bits_per_byte"], result["targets"])
-                found.append(Perplexity(arm, seed, injected, *numbers))
+                buckets = tuple((b["first"], b["last"], b["loss"]) for b in result["by_position"] if b["targets"])
+                found.append(Perplexity(arm, seed, injected, *numbers, buckets))
     return found
 
 
-def perplexity_parts(values: list[Perplexity], experiment: Experiment, _directory: Path) -> list[str]:
+def perplexity_parts(values: list[Perplexity], experiment: Experiment, directory: Path) -> list[str]:
     """Tables: perplexity by model, differences of losses by seed."""
     scale = experiment.scale
     rows = []
@@ -97,7 +107,23 @@ def perplexity_parts(values: list[Perplexity], experiment: Experiment, _director
         head = ["what it is due to", "nats a token, 95 % interval over seeds", "seeds"]
         parts += ["## Differences of the loss", table(head, differences)]
         parts.append(f"Meta-tokens injected where the model has them; below 0 the first is better. {note}.")
-    return parts
+    return [*parts, "## By position", *_positions(values, experiment, directory)]
+
+
+def _positions(values: list[Perplexity], experiment: Experiment, directory: Path) -> list[str]:
+    """Perplexity by the number of text tokens before the target: a table and a picture; means over seeds of losses."""
+    rows, lines = [], []
+    buckets = values[0].by_position
+    for arm in experiment.scale.arms:
+        found = [value for value in values if value.arm == arm and value.injected == ARMS[arm].meta_tokens]
+        losses = [fmean(value.by_position[i][2] for value in found) for i in range(len(buckets))]
+        rows.append([ARMS[arm].title, *[f"{math.exp(loss):.2f}" for loss in losses]])
+        points = [((first + last) / 2, math.exp(loss)) for (first, last, _), loss in zip(buckets, losses, strict=True)]
+        lines.append((ARMS[arm].title, COLOURS[arm], "-", points))
+    title = "Held-out perplexity by position"
+    draw_lines(directory / "by-position.png", title, "text tokens before the target", "perplexity", lines)
+    head = ["perplexity at positions", *[f"{first} – {last}" for first, last, _ in buckets]]
+    return ["![Perplexity by position](by-position.png)", table(head, rows)]
 
 
 def _difference(values: list[Perplexity], first: str, second: str, cause: str) -> list[str] | None:

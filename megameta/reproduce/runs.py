@@ -202,7 +202,17 @@ class Experiment:
         path = self.scores("ppl", arm.name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         source = str(self.run_dir("pretrain", arm.name, seed))
-        command = ("-m", "megameta", "evaluate", source, "eval.num_samples=0", "--json", str(path))
+        command = (
+            "-m",
+            "megameta",
+            "evaluate",
+            source,
+            "eval.num_samples=0",
+            "--by-position",
+            "8",
+            "--json",
+            str(path),
+        )
         return Job(f"ppl/{arm.name}/{seed}", (command,), (path,), (f"pretrain/{arm.name}/{seed}",), weight=1e12)
 
     @staticmethod

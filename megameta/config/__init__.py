@@ -1,0 +1,34 @@
+"""The run configuration: typed and strict, YAML files overridden by ``a.b=c``, JSON schema for editors.
+
+A YAML file says only what differs from the defaults in ``sections``; ``base: other.yaml`` starts from another file.
+"""
+
+from megameta.config.loading import (
+    apply_overrides,
+    build_config,
+    config_schema,
+    key_places,
+    known_keys,
+    load_config,
+    load_raw,
+    nearest_key,
+)
+from megameta.config.sections import DataSection, OptimizerSection, RunConfig, Section, Source
+from megameta.config.yaml_format import dump_yaml
+
+__all__ = [
+    "DataSection",
+    "OptimizerSection",
+    "RunConfig",
+    "Section",
+    "Source",
+    "apply_overrides",
+    "build_config",
+    "config_schema",
+    "dump_yaml",
+    "key_places",
+    "known_keys",
+    "load_config",
+    "load_raw",
+    "nearest_key",
+]
