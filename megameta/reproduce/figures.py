@@ -67,7 +67,7 @@ def _paper_lines(axes: Any, task: str, phases: int) -> None:
     for arm, values in paper.FIGURE1.get(task, {}).items():
         shown = values[-phases:]
         x = range(phases - len(shown), phases)
-        label = f"{ARMS[arm].title}: the paper at 512"
+        label = f"{ARMS[arm].title}: the paper at 512, fine-tuned up to 128, 256, 512"
         axes.plot(x, shown, linestyle="--", marker="x", color=COLOURS[arm], alpha=0.6, linewidth=1, label=label)
 
 

@@ -80,7 +80,9 @@ def _phases(scores: Scores, scale: Scale, task: str) -> str:
         rows.append([ARMS[arm].title, *map(percent, found)])
     for arm, values in paper.FIGURE1.get(task, {}).items():
         shown = [str(value) for value in values[-count:]]
-        rows.append([f"*{ARMS[arm].title}, the paper at 512*", *[""] * (count - len(shown)), *shown])
+        rows.append(
+            [f"*{ARMS[arm].title}, the paper at 512 after 128, 256, 512*", *[""] * (count - len(shown)), *shown]
+        )
     return table([f"accuracy at {last} tokens (%), fine-tuned up to", *map(str, scale.phases)], rows)
 
 

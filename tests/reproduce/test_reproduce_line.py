@@ -50,7 +50,7 @@ def test_figure_and_tables_in_miniature(tmp_path: Path) -> None:
     for expected in (
         "Meta + RoPE",
         "GPT-2, learned positions",
-        "the paper at 512",
+        "the paper at 512 after 128, 256, 512",
         "nothing is claimed",
         "64 (not trained)",
     ):
