@@ -91,7 +91,7 @@ class StageRunner:
             return
         if not same:
             for path in stage.outputs:
-                _remove(path)
+                remove(path)
         self.header(stage.title)
         before = known["seconds"] if same else 0.0
         done = False
@@ -115,7 +115,8 @@ def _read(stamp: Path) -> dict[str, Any]:
     return json.loads(stamp.read_text(encoding="utf-8")) if stamp.exists() else {}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

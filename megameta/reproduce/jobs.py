@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +21,12 @@ from typing import Any
 
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
+from megameta.quickstart.stages import STOP_SIGNALS, Stopped, remove
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Seconds between lines about what runs.
 _REPORT_EVERY = 60.0
 #: Seconds that jobs get to save and stop.
 _GRACE = 120.0
-
-
-class Stopped(Exception):
-    """The work was asked to stop, or its time is over; it goes on when started again."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ class JobRunner:
         same = known.get("fingerprint") == self._fingerprints[job.name]
         if not same:
             for path in job.outputs:
-                _remove(path)
+                remove(path)
         slot = min(set(range(self.slots)) - {running.slot for running in self._running})
         log = self.directory / "logs" / f"{job.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -290,13 +285,6 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 2000))
         lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     return next((line.strip()[:150] for line in reversed(lines) if line.strip()), "starting")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _clock(seconds: float) -> str:
