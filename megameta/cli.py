@@ -175,7 +175,10 @@ def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     reproduce.add_argument("target", choices=("figure1", "table1", "table2", "ppl", "inference"))
     reproduce.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the scale")
     reproduce.add_argument(
-        "--scale", default="cpu", metavar="SCALE", help="cpu (default), cpu-recall, cpu-full, gpu-30min, paper, or a YAML file"
+        "--scale",
+        default="cpu",
+        metavar="SCALE",
+        help="cpu (default), cpu-recall, cpu-full, gpu-30min, paper, or a YAML file",
     )
     reproduce.add_argument("--output", default=None, metavar="DIR", help="for all targets (default: reproduce/SCALE)")
     reproduce.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (one a GPU or core)")
