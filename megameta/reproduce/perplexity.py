@@ -11,7 +11,7 @@ from megameta.reproduce.arms import ARMS, COMPARISONS
 from megameta.reproduce.figures import COLOURS, draw_lines
 from megameta.reproduce.results import read_json
 from megameta.reproduce.runs import Experiment, step_count, training_flops
-from megameta.reproduce.statistics import t_quantile
+from megameta.reproduce.statistics import half_width
 from megameta.train.metrics import read_metrics
 
 
@@ -137,7 +137,7 @@ def _difference(values: list[Perplexity], first: str, second: str, cause: str) -
     shown = f"{fmean(found):+.4f}"
     if len(found) > 1:
         mean = fmean(found)
-        half = t_quantile(len(found) - 1) * (sum((x - mean) ** 2 for x in found) / (len(found) - 1) / len(found)) ** 0.5
+        half = half_width(found)
         shown += f" [{mean - half:+.4f}, {mean + half:+.4f}]"
     return [f"{cause}: {first} − {second}", shown, str(len(found))]
 

@@ -59,13 +59,10 @@ class Experiment:
     # --- configurations ---------------------------------------------------------------------------------------------
 
     def pretraining(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Of a twin for quality: without meta-tokens a sequence holds the same text and nothing else (spec §4)."""
+        """From nothing, on the corpus."""
         common = self.pretraining_keys(arm)
-        whole = build_config({"data": common.get("data", {})}, "pretrain").data
-        data = {"tokenizer": str(self.tokenizer), **self.corpus_keys()}
-        if not arm.meta_tokens:
-            data |= {"sequence_length": whole.text_per_sample, "meta_token_fraction": 0.0}
-        raw = merge(common, {"run": {"dir": str(self.run_dir("pretrain", arm.name, seed)), "seed": seed}, "data": data})
+        run = {"dir": str(self.run_dir("pretrain", arm.name, seed)), "seed": seed}
+        raw = merge(common, {"run": run, "data": self.text_keys(arm, common["data"])})
         if arm.position == "ape":
             raw["model"]["max_position_embeddings"] = self._window()
         return self._with_equal_compute(raw, arm, lambda other: self.pretraining(other, seed))
@@ -112,7 +109,16 @@ class Experiment:
         pretrained = self.scale.pretrain.get("data", {}).get("sequence_length", 0)
         return max(self.scale.phases[-1], pretrained)
 
-    def corpus_keys(self) -> dict[str, Any]:
+    def text_keys(self, arm: Arm, data: Mapping[str, Any]) -> dict[str, Any]:
+        """A data section with the corpus in it. Of a twin for quality: without meta-tokens a sequence holds the same
+        text and nothing else (spec §4)."""
+        found = {**data, "tokenizer": str(self.tokenizer), **self._corpus_keys()}
+        if not arm.meta_tokens:
+            text = build_config({"data": data}, "pretrain").data.text_per_sample
+            found |= {"sequence_length": text, "meta_token_fraction": 0.0}
+        return found
+
+    def _corpus_keys(self) -> dict[str, Any]:
         """Where the tokenised corpus is."""
         data = self.output / "data"
         if self.scale.corpus.inputs and not self.scale.corpus.heldout_inputs:
@@ -202,17 +208,8 @@ class Experiment:
         path = self.scores("ppl", arm.name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         source = str(self.run_dir("pretrain", arm.name, seed))
-        command = (
-            "-m",
-            "megameta",
-            "evaluate",
-            source,
-            "eval.num_samples=0",
-            "--by-position",
-            "8",
-            "--json",
-            str(path),
-        )
+        options = ("eval.num_samples=0", "--by-position", "8", "--json", str(path))
+        command = ("-m", "megameta", "evaluate", source, *options)
         return Job(f"ppl/{arm.name}/{seed}", (command,), (path,), (f"pretrain/{arm.name}/{seed}",), weight=1e12)
 
     @staticmethod

@@ -19,6 +19,11 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean by Student's t; two values or more."""
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its 95 % interval.
@@ -42,7 +47,7 @@ def accuracy_estimate(values: Sequence[float], examples: int) -> Estimate:
     if len(values) == 1:
         low, high = wilson(round(mean * examples), examples)
         return Estimate(mean, low, high, 1, "examples")
-    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    half = half_width(values)
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), len(values), "seeds", stdev(values))
 
 
@@ -59,5 +64,5 @@ def difference_estimate(first: Sequence[float], second: Sequence[float], example
         below = math.hypot(first[0] - low_a, high_b - second[0])
         above = math.hypot(high_a - first[0], second[0] - low_b)
         return Estimate(mean, mean - below, mean + above, 1, "examples")
-    half = t_quantile(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    half = half_width(differences)
     return Estimate(mean, mean - half, mean + half, len(differences), "seeds", stdev(differences))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megameta.config import build_config
 from megameta.errors import UserError
 from megameta.quickstart.report import table
 from megameta.reproduce import paper
@@ -69,13 +68,8 @@ def _directory(experiment: Experiment, *names: str) -> str:
     return str(experiment.run_dir("table1", *names))
 
 
-def _corpus(experiment: Experiment, arm: Arm, raw: dict[str, Any], slots: int) -> dict[str, Any]:
-    """The data section of a model of so many slots; without meta-tokens the same text alone."""
-    whole = build_config({"data": merge(raw.get("data", {}), {"sequence_length": slots})}, "table1").data
-    data = {"tokenizer": str(experiment.tokenizer), "sequence_length": slots, **experiment.corpus_keys()}
-    if not arm.meta_tokens:
-        data |= {"sequence_length": whole.text_per_sample, "meta_token_fraction": 0.0}
-    return data
+def _text(experiment: Experiment, arm: Arm, raw: dict[str, Any], slots: int) -> dict[str, Any]:
+    return experiment.text_keys(arm, merge(raw["data"], {"sequence_length": slots}))
 
 
 def _pretrain(experiment: Experiment, arm: Arm, seed: int) -> Job:
@@ -83,7 +77,7 @@ def _pretrain(experiment: Experiment, arm: Arm, seed: int) -> Job:
     names = ("table1", "pretrain", arm.name, str(seed))
     raw = merge(experiment.pretraining_keys(arm), part.pretrain)
     run = {"dir": str(experiment.run_dir(*names)), "seed": seed}
-    raw = merge(raw, {"run": run, "data": _corpus(experiment, arm, raw, part.window)})
+    raw = merge(raw, {"run": run, "data": _text(experiment, arm, raw, part.window)})
     return experiment.run_job("train", names, raw, ("data",))
 
 
@@ -104,7 +98,7 @@ def _extend(experiment: Experiment, arm: Arm, factor: int, seed: int, before: st
         {
             "run": {"dir": str(experiment.run_dir(*names)), "seed": seed},
             "model": _scaling(part, factor),
-            "data": _corpus(experiment, arm, raw, factor * part.window),
+            "data": _text(experiment, arm, raw, factor * part.window),
             "init": {"from_checkpoint": _directory(experiment, "pretrain", arm.name, str(seed))},
         },
     )
