@@ -82,10 +82,15 @@ def final_scores(experiment: Experiment, cell: Cell, condition: str) -> list[Sco
     path = experiment.scores("tasks", cell.arm.name, cell.task, cell.seed, condition)
     last = experiment.scale.phases[-1]
     return [
-        Score(cell.arm.name, cell.task, cell.seed, condition, c["bin"], 0, last, c["accuracy"], c["examples"])
-        for c in read_json(path)["cells"]
-        if c["difficulty"] == "all"
+        Score(cell.arm.name, cell.task, cell.seed, condition, bound, 0, last, accuracy, examples)
+        for bound, accuracy, examples in read_accuracies(path)
     ]
+
+
+def read_accuracies(path: Path) -> list[tuple[int, float, int]]:
+    """(bin, accuracy, examples) of all difficulties together, from what ``megameta tasks evaluate`` wrote."""
+    cells = read_json(path)["cells"]
+    return [(cell["bin"], cell["accuracy"], cell["examples"]) for cell in cells if cell["difficulty"] == "all"]
 
 
 def read_json(path: Path) -> Any:

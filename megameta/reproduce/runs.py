@@ -180,18 +180,27 @@ class Experiment:
 
     def evaluate_job(self, cell: Cell, condition: str, bins: list[int]) -> Job:
         """Accuracy of a fine-tuned model on the test examples, by bin."""
-        names = (cell.arm.name, cell.task, cell.seed, condition)
-        path = self.scores("tasks", *names)
-        found = [f"finetune.eval_bins={bins}", f"finetune.eval_examples={self.scale.test_examples}"]
-        found += CONDITIONS.get(condition) or self._extension(condition)
-        source = str(self.run_dir("finetune", cell.arm.name, cell.task, cell.seed))
+        names = (cell.arm.name, cell.task, str(cell.seed))
+        overrides = CONDITIONS.get(condition) or self._extension(condition)
+        return self.score_job(
+            f"evaluate/{'/'.join(names)}/{condition.replace(' ', '-')}",
+            f"finetune/{'/'.join(names)}",
+            self.finetuning(cell.arm, cell.task, cell.seed),
+            self.scores("tasks", *names, condition),
+            bins,
+            overrides,
+        )
+
+    def score_job(
+        self, name: str, before: str, raw: dict[str, Any], path: Path, bins: list[int], overrides: tuple[str, ...] = ()
+    ) -> Job:
+        """``megameta tasks evaluate`` of the fine-tuning ``raw``, which the job ``before`` runs, to ``path``."""
+        count = self.scale.test_examples
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = ("-m", "megameta", "tasks", "evaluate", source, *found, "--json", str(path))
-        raw = self.finetuning(cell.arm, cell.task, cell.seed)
-        weight = sum(self.scale.test_examples * sequence_flops(raw, bound) for bound in bins)
-        name = f"evaluate/{cell.arm.name}/{cell.task}/{cell.seed}/{condition.replace(' ', '-')}"
-        needs = (f"finetune/{cell.arm.name}/{cell.task}/{cell.seed}",)
-        return Job(name, (command,), (path,), needs, weight)
+        found = [f"finetune.eval_bins={bins}", f"finetune.eval_examples={count}", *overrides, "--json", str(path)]
+        command = ("-m", "megameta", "tasks", "evaluate", raw["run"]["dir"], *found)
+        weight = sum(count * sequence_flops(raw, bound) for bound in bins)
+        return Job(name, (command,), (path,), (before,), weight)
 
     def _extension(self, condition: str) -> tuple[str, ...]:
         """Overrides of "yarn 2": positions scaled by YaRN without further training."""

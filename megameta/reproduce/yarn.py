@@ -11,8 +11,8 @@ from megameta.reproduce import paper
 from megameta.reproduce.arms import ARMS, Arm, find_arms
 from megameta.reproduce.jobs import Job
 from megameta.reproduce.report import intervals_note, percent
-from megameta.reproduce.results import Score, Scores, read_json
-from megameta.reproduce.runs import Experiment, merge, sequence_flops, whole_phases
+from megameta.reproduce.results import Score, Scores, read_accuracies
+from megameta.reproduce.runs import Experiment, merge, whole_phases
 from megameta.reproduce.scale import Table1Part
 
 TASK = "list_recall"
@@ -135,15 +135,9 @@ def _finetune(experiment: Experiment, row: Row, before: str) -> Job:
 
 
 def _evaluate(experiment: Experiment, row: Row, before: str) -> Job:
-    part, count = settings_of(experiment), experiment.scale.test_examples
-    path = experiment.scores("table1", *row.names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bins = [length * part.window for length in paper.TABLE1_LENGTHS]
-    source = _directory(experiment, "finetune", *row.names)
-    found = [f"finetune.eval_bins={bins}", f"finetune.eval_examples={count}", "--json", str(path)]
-    weight = sum(count * sequence_flops(_finetuning(experiment, row), bound) for bound in bins)
-    command = ("-m", "megameta", "tasks", "evaluate", source, *found)
-    return Job("/".join(("table1", "evaluate", *row.names)), (command,), (path,), (before,), weight)
+    bins = [length * settings_of(experiment).window for length in paper.TABLE1_LENGTHS]
+    name, path = "/".join(("table1", "evaluate", *row.names)), experiment.scores("table1", *row.names)
+    return experiment.score_job(name, before, _finetuning(experiment, row), path, bins)
 
 
 def table1_parts(experiment: Experiment, _directory: Path) -> list[str]:
@@ -151,11 +145,9 @@ def table1_parts(experiment: Experiment, _directory: Path) -> list[str]:
     part = settings_of(experiment)
     scores = []
     for row in rows_of(experiment):
-        for cell in read_json(experiment.scores("table1", *row.names))["cells"]:
-            if cell["difficulty"] == "all":
-                numbers = (cell["accuracy"], cell["examples"])
-                name = f"{row.factor},{row.reach}"
-                scores.append(Score(row.arm.name, TASK, row.seed, name, cell["bin"], 0, None, *numbers))
+        for bound, accuracy, examples in read_accuracies(experiment.scores("table1", *row.names)):
+            name = f"{row.factor},{row.reach}"
+            scores.append(Score(row.arm.name, TASK, row.seed, name, bound, 0, None, accuracy, examples))
     found = Scores(scores)
     lines = []
     for factor, reach in ROWS:
