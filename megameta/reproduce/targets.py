@@ -42,14 +42,15 @@ def cells(experiment: Experiment) -> list[Cell]:
 
 
 def figure1_evaluations(experiment: Experiment, cell: Cell) -> dict[str, list[int]]:
-    """Bins by condition: the trained lengths as trained, those beyond with positions zeroed and by YaRN as well."""
+    """Bins by condition: all as trained and, where there are lengths beyond the trained ones, with positions zeroed (the
+    job that table 2 has); those beyond by YaRN as well."""
     scale, last = experiment.scale, experiment.scale.phases[-1]
     beyond = [bound for bound in scale.tasks.bins if bound > last]
     if cell.arm.position == "ape":
         return {"as trained": [bound for bound in scale.tasks.bins if bound <= last]}
     found = {"as trained": scale.tasks.bins}
     if beyond and cell.arm.meta_tokens:
-        found["positions zeroed"] = beyond
+        found["positions zeroed"] = scale.tasks.bins
     if beyond and cell.arm.position == "rope":
         found[f"yarn {beyond[-1] / last:g}"] = beyond
     return found

@@ -8,6 +8,7 @@ import pytest
 from megameta.config import build_config
 from megameta.errors import UserError
 from megameta.reproduce.arms import ARMS, COMPARISONS
+from megameta.reproduce.jobs import fingerprints
 from megameta.reproduce.runs import Experiment, step_count, training_flops
 from megameta.reproduce.scale import load_scale, scale_names
 from megameta.reproduce.targets import TARGETS
@@ -42,6 +43,16 @@ def test_jobs_of_every_scale_stand_after_those_they_need(name: str, target: str,
             assert Path(config.run.dir) == job.outputs[0]
             assert config.run.seed in found.scale.seeds
     assert len({path for job in jobs for path in job.outputs}) == sum(len(job.outputs) for job in jobs)
+
+
+@pytest.mark.parametrize("name", scale_names())
+def test_targets_share_jobs_or_have_their_own(name: str, tmp_path: Path) -> None:
+    """Else each target would undo what the other has done."""
+    found = experiment(tmp_path, scale=name)
+    by_target = [fingerprints(TARGETS[t].jobs(found)) for t in TARGETS if (name, t) not in LACKING]
+    for prints in by_target:
+        for others in by_target:
+            assert all(others[job] == value for job, value in prints.items() if job in others)
 
 
 def test_twins_read_the_same_text(tmp_path: Path) -> None:
