@@ -42,7 +42,7 @@ def cells(experiment: Experiment) -> list[Cell]:
 
 
 def figure1_evaluations(experiment: Experiment, cell: Cell) -> dict[str, list[int]]:
-    """Bins by condition: all as trained and, where there are lengths beyond the trained ones, with positions zeroed (the
+    """Bins by condition: all as trained and, where there are lengths beyond those, with positions zeroed (the very
     job that table 2 has); those beyond by YaRN as well."""
     scale, last = experiment.scale, experiment.scale.phases[-1]
     beyond = [bound for bound in scale.tasks.bins if bound > last]
