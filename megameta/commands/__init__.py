@@ -1,1 +1,1 @@
-"""Commands that need more than one part of the package; ``megameta.cli`` parses their arguments."""
+"""Commands that need more than one part of the package; ``parsers`` has their arguments."""

@@ -1,0 +1,43 @@
+"""Commands about configurations."""
+
+import argparse
+import json
+import sys
+
+from megameta.commands.parsers.common import Commands, add_config_arguments
+
+
+def add_config(commands: Commands) -> None:
+    """config show, config check, config schema."""
+    config = commands.add_parser("config", help="show, check or describe a configuration")
+    parts = config.add_subparsers(dest="part", required=True, metavar="PART")
+    show = parts.add_parser("show", help="print every value as YAML")
+    add_config_arguments(show)
+    show.set_defaults(run=_config_show)
+    check = parts.add_parser("check", help="check a configuration for a number of processes and describe the run")
+    add_config_arguments(check)
+    check.add_argument(
+        "--gpus", type=int, default=None, metavar="N", help="GPUs of the run (default: 1 process on CPU)"
+    )
+    check.set_defaults(run=_config_check)
+    schema = parts.add_parser("schema", help="print the JSON schema of configuration files, for editors")
+    schema.set_defaults(run=_config_schema)
+
+
+def _config_show(arguments: argparse.Namespace) -> None:
+    from megameta.train.setup import load_run_config
+
+    sys.stdout.write(load_run_config(arguments.config, arguments.overrides, need_files=False).to_yaml())
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from megameta.train.check import check_config
+
+    return check_config(arguments.config, arguments.overrides, gpus=arguments.gpus)
+
+
+def _config_schema(arguments: argparse.Namespace) -> None:
+    from megameta.config import config_schema
+
+    json.dump(config_schema(), sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,64 @@
+"""Commands on trained models: evaluate, generate."""
+
+import argparse
+
+from megameta.commands.parsers.common import Commands
+
+
+def add_models(commands: Commands) -> None:
+    """evaluate, generate."""
+    _add_evaluate(commands)
+    _add_generate(commands)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out loss, perplexity and bits per byte",
+        description="Evaluate a checkpoint, the latest one of a run, or a HuggingFace export on held-out datasets."
+        " A run brings its configuration; overrides may name other sets (data.valid=PREFIX), more samples"
+        " (eval.num_samples=0: all) or switches of the model (model.zero_meta_positions=true).",
+    )
+    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT_OR_EXPORT")
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the run")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="also write the numbers there")
+    evaluate.add_argument(
+        "--by-position",
+        type=int,
+        default=0,
+        metavar="BUCKETS",
+        help="also by position in the sequence, in as many parts",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_generate(commands: Commands) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
+    generate.add_argument("source", metavar="EXPORT")
+    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
+    generate.set_defaults(run=_generate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megameta.commands.evaluate import evaluate
+
+    return evaluate(arguments.source, arguments.overrides, json_path=arguments.json, buckets=arguments.by_position)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from megameta.commands.generate import generate
+
+    return generate(
+        arguments.source,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        num_samples=arguments.num_samples,
+    )

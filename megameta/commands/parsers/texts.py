@@ -1,0 +1,26 @@
+"""Commands on text: tokenizer."""
+
+import argparse
+
+from megameta.commands.parsers.common import Commands
+
+
+def add_tokenizer(commands: Commands) -> None:
+    """tokenizer show."""
+    tokenizer = commands.add_parser("tokenizer", help="show how a tokenizer cuts a text")
+    parts = tokenizer.add_subparsers(dest="part", required=True, metavar="PART")
+    show = parts.add_parser("show", help="print the tokens of a text: id, place, bytes")
+    show.add_argument("text", metavar="TEXT", nargs="?", help="the text, or --file")
+    show.add_argument("--tokenizer", required=True, metavar="PATH", help="directory, tokenizer.json or .model")
+    show.add_argument("--file", metavar="FILE", help="a text file; -: standard input")
+    show.add_argument("--prompt", action="store_true", help="take <|meta|> and <|endoftext|> for special tokens")
+    show.add_argument("--limit", type=int, default=200, metavar="N", help="tokens to list (200; 0: all)")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    show.set_defaults(run=_tokenizer_show)
+
+
+def _tokenizer_show(arguments: argparse.Namespace) -> int:
+    from megameta.commands.tokenizer import show
+
+    options = {"as_prompt": arguments.prompt, "as_json": arguments.json, "limit": arguments.limit}
+    return show(arguments.tokenizer, arguments.text, arguments.file, **options)
