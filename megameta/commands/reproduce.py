@@ -4,9 +4,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megameta.errors import EXIT_INTERRUPTED, EXIT_OK
+from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
+
+if TYPE_CHECKING:
+    from megameta.reproduce.jobs import JobRunner
+    from megameta.reproduce.runs import Experiment
 
 
 def reproduce(
@@ -18,6 +23,7 @@ def reproduce(
     jobs: int | None,
     time_limit: float | None,
     dry_run: bool,
+    partial: bool,
 ) -> int:
     """Run what is not done yet and write OUTPUT/TARGET/report.md.
 
@@ -26,9 +32,9 @@ def reproduce(
         jobs: runs at a time.
         time_limit: minutes after which to stop; the next start goes on.
         dry_run: only list the jobs.
+        partial: run nothing; report what is done.
     """
     from megameta.reproduce.jobs import JobRunner, Stopped
-    from megameta.reproduce.report import document
     from megameta.reproduce.runs import Experiment
     from megameta.reproduce.scale import load_scale
     from megameta.reproduce.targets import TARGETS
@@ -46,20 +52,43 @@ def reproduce(
         for job in runner.jobs:
             print(f"  {'to do' if job in left else 'done '} {job.name}")
         return EXIT_OK
+    done = frozenset(job.name for job in runner.jobs if job not in left)
+    if partial:
+        return _report(Experiment(scale, root, done), target, runner, [_not_whole(runner, len(left))] if left else [])
     try:
         runner.run(None if time_limit is None else 60 * time_limit)
     except Stopped:
-        print("stopped; what is done is kept: the same command goes on", flush=True)
+        print("stopped; what is done is kept: the same command goes on; --partial reports what is done", flush=True)
         return EXIT_INTERRUPTED
-    directory = root / target
+    return _report(experiment, target, runner, [])
+
+
+def _report(experiment: "Experiment", target: str, runner: "JobRunner", notes: list[str]) -> int:
+    """Write and print OUTPUT/TARGET/report.md of what the experiment has."""
+    from megameta.reproduce.report import document
+    from megameta.reproduce.targets import TARGETS
+
+    found = TARGETS[target]
+    directory = experiment.output / target
     directory.mkdir(parents=True, exist_ok=True)
-    parts = found.report(experiment, directory)
+    parts = [*notes, *found.report(experiment, directory)]
     command = shlex.join(["megameta", *sys.argv[1:]])
     text = document(found.title, command, experiment, sum(runner.seconds().values()), parts)
     write_text_atomically(directory / "report.md", text)
     print(text)
     print(f"report: {directory / 'report.md'}")
     return EXIT_OK
+
+
+def _not_whole(runner: "JobRunner", left: int) -> str:
+    """The note of a report on a part of the work."""
+    count = len(runner.jobs)
+    if left == count:
+        raise UserError(f"nothing is done yet of what the report needs ({count} jobs): start it without --partial")
+    return (
+        f"**Not whole: {count - left} of {count} jobs have run.** Cells are over the seeds that have; what has not run"
+        " is left out or a dash."
+    )
 
 
 def places(jobs: int, processes: int) -> tuple[int, list[dict[str, str]]]:

@@ -39,6 +39,8 @@ def perplexity_values(experiment: Experiment) -> list[Perplexity]:
     found = []
     for seed in experiment.scale.seeds:
         for arm in experiment.scale.arms:
+            if not experiment.has(f"ppl/{arm}/{seed}"):
+                continue
             results = read_json(experiment.scores("ppl", arm, seed))["eval"]
             for name, result in results.items():
                 injected = ARMS[arm].meta_tokens and not name.endswith("/no-meta")
@@ -53,8 +55,11 @@ def perplexity_parts(values: list[Perplexity], experiment: Experiment, directory
     scale = experiment.scale
     rows = []
     for arm in scale.arms:
-        raw = experiment.pretraining(ARMS[arm], scale.seeds[0])
-        seen = _text_tokens(experiment, arm)
+        seeds = [value.seed for value in values if value.arm == arm]
+        if not seeds:
+            continue
+        raw = experiment.pretraining(ARMS[arm], seeds[0])
+        seen = _text_tokens(experiment, arm, seeds[0])
         flops = training_flops(raw, step_count(raw))
         for injected in (True, False):
             found = [value for value in values if value.arm == arm and value.injected == injected]
@@ -102,7 +107,9 @@ def perplexity_parts(values: list[Perplexity], experiment: Experiment, directory
     differences = [line for first, second, cause in COMPARISONS if (line := _difference(values, first, second, cause))]
     if differences:
         note = (
-            "Paired by seed, Student's t" if len(scale.seeds) > 1 else "One seed: no interval, and nothing is claimed"
+            "Paired by seed, Student's t"
+            if len({value.seed for value in values}) > 1
+            else "One seed: no interval, and nothing is claimed"
         )
         head = ["what it is due to", "nats a token, 95 % interval over seeds", "seeds"]
         parts += ["## Differences of the loss", table(head, differences)]
@@ -116,6 +123,8 @@ def _positions(values: list[Perplexity], experiment: Experiment, directory: Path
     buckets = values[0].by_position
     for arm in experiment.scale.arms:
         found = [value for value in values if value.arm == arm and value.injected == ARMS[arm].meta_tokens]
+        if not found:
+            continue
         losses = [fmean(value.by_position[i][2] for value in found) for i in range(len(buckets))]
         rows.append([ARMS[arm].title, *[f"{math.exp(loss):.2f}" for loss in losses]])
         points = [((first + last) / 2, math.exp(loss)) for (first, last, _), loss in zip(buckets, losses, strict=True)]
@@ -148,6 +157,6 @@ def _spread(values: list[float], form: str) -> str:
     return f"{format(fmean(values), form)} ({format(min(values), form)} – {format(max(values), form)})"
 
 
-def _text_tokens(experiment: Experiment, arm: str) -> float:
-    records = read_metrics(experiment.run_dir("pretrain", arm, experiment.scale.seeds[0]) / "metrics.jsonl")
+def _text_tokens(experiment: Experiment, arm: str, seed: int) -> float:
+    records = read_metrics(experiment.run_dir("pretrain", arm, seed) / "metrics.jsonl")
     return sum(record.get("targets", 0) for record in records)

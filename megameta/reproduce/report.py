@@ -51,10 +51,10 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
-def intervals_note(scale: Scale) -> str:
-    """What the brackets mean."""
-    if len(scale.seeds) > 1:
-        return f"Means over {len(scale.seeds)} seeds with 95 % intervals (Student's t; differences are paired by seed)."
+def intervals_note(seeds: int) -> str:
+    """What the brackets mean, where there are so many seeds."""
+    if seeds > 1:
+        return f"Means over {seeds} seeds with 95 % intervals (Student's t; differences are paired by seed)."
     return (
         "One seed; brackets are 95 % intervals over test examples alone (Wilson, Newcombe). Another seed can differ by"
         " much more: no difference here says anything about the method."
@@ -64,8 +64,10 @@ def intervals_note(scale: Scale) -> str:
 def figure1_parts(scores: Scores, experiment: Experiment) -> list[str]:
     """What figure 1 shows, in numbers."""
     scale = experiment.scale
-    parts = ["![Accuracy after each phase, and learning curves](figure1.png)", intervals_note(scale)]
+    parts = ["![Accuracy after each phase, and learning curves](figure1.png)", intervals_note(scores.count_seeds())]
     for task in scale.tasks.names:
+        if not scores.pick(task=task):
+            continue
         parts += [f"## {task.replace('_', ' ').capitalize()}", _phases(scores, scale, task)]
         parts += [_by_length(scores, scale, task), _differences(scores, scale, task)]
     verdicts = _verdicts(scores, scale)
@@ -77,7 +79,8 @@ def _phases(scores: Scores, scale: Scale, task: str) -> str:
     rows = []
     for arm in scale.arms:
         found = [scores.estimate(arm=arm, task=task, condition=DURING, phase=bound, bin=last) for bound in scale.phases]
-        rows.append([ARMS[arm].title, *map(percent, found)])
+        if any(found):
+            rows.append([ARMS[arm].title, *map(percent, found)])
     for arm, values in paper.FIGURE1.get(task, {}).items():
         shown = [str(value) for value in values[-count:]]
         rows.append(
@@ -150,9 +153,11 @@ def table2_parts(scores: Scores, experiment: Experiment, conditions: Sequence[st
     parts = [
         f"Up to {scale.test_examples:,} test examples a cell (the paper's cells hold about 18). The same models and"
         " examples in all rows; only what they get at meta-tokens differs.",
-        intervals_note(scale),
+        intervals_note(scores.count_seeds()),
     ]
     for task in scale.tasks.names:
+        if not scores.pick(task=task):
+            continue
         rows = []
         for arm in scale.arms:
             for condition in conditions:

@@ -60,9 +60,15 @@ class Scores:
         ours, theirs = ([side[seed].accuracy for seed in seeds] for side in (a, b))
         return difference_estimate(ours, theirs, a[seeds[0]].examples)
 
+    def count_seeds(self) -> int:
+        """Seeds with which anything has run."""
+        return len({score.seed for score in self.all})
+
 
 def training_scores(experiment: Experiment, cell: Cell) -> list[Score]:
-    """The evaluations during a fine-tuning."""
+    """The evaluations during a fine-tuning; none where it is not done."""
+    if not experiment.has(cell.finetune_name):
+        return []
     path = experiment.run_dir("finetune", cell.arm.name, cell.task, cell.seed) / "metrics.jsonl"
     raw = experiment.finetuning(cell.arm, cell.task, cell.seed)
     phases = experiment.scale.phases
@@ -78,8 +84,10 @@ def training_scores(experiment: Experiment, cell: Cell) -> list[Score]:
 
 
 def final_scores(experiment: Experiment, cell: Cell, condition: str) -> list[Score]:
-    """An evaluation of a fine-tuned model."""
-    path = experiment.scores("tasks", cell.arm.name, cell.task, cell.seed, condition)
+    """An evaluation of a fine-tuned model; none where it is not done."""
+    if not experiment.has(cell.evaluate_name(condition)):
+        return []
+    path = experiment.scores("tasks", *cell.names, condition)
     last = experiment.scale.phases[-1]
     return [
         Score(cell.arm.name, cell.task, cell.seed, condition, bound, 0, last, accuracy, examples)

@@ -36,12 +36,34 @@ class Cell:
     task: str
     seed: int
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Parts of its paths."""
+        return (self.arm.name, self.task, str(self.seed))
+
+    @property
+    def finetune_name(self) -> str:
+        """Of the job that trains it."""
+        return "/".join(("finetune", *self.names))
+
+    def evaluate_name(self, condition: str) -> str:
+        """Of the job that evaluates it."""
+        return "/".join(("evaluate", *self.names, condition.replace(" ", "-")))
+
 
 class Experiment:
-    """Runs of a scale under one directory."""
+    """Runs of a scale under one directory.
 
-    def __init__(self, scale: Scale, output: Path) -> None:
-        self.scale, self.output = scale, output
+    Args:
+        done: names of the jobs that are done, where a report is wanted of those alone; None: all are.
+    """
+
+    def __init__(self, scale: Scale, output: Path, done: frozenset[str] | None = None) -> None:
+        self.scale, self.output, self.done = scale, output, done
+
+    def has(self, job: str) -> bool:
+        """Whether a report may read what the job left."""
+        return self.done is None or job in self.done
 
     # --- places -----------------------------------------------------------------------------------------------------
 
@@ -166,7 +188,7 @@ class Experiment:
         needs = ["tasks"]
         if self.scale.pretrain:
             needs.append(f"pretrain/{cell.arm.name}/{cell.seed}")
-        return self.run_job("finetune", ("finetune", cell.arm.name, cell.task, str(cell.seed)), raw, tuple(needs))
+        return self.run_job("finetune", ("finetune", *cell.names), raw, tuple(needs))
 
     def run_job(self, command: str, names: tuple[str, ...], raw: dict[str, Any], needs: tuple[str, ...]) -> Job:
         """``megameta COMMAND`` on a configuration that is written down for it."""
@@ -180,13 +202,12 @@ class Experiment:
 
     def evaluate_job(self, cell: Cell, condition: str, bins: list[int]) -> Job:
         """Accuracy of a fine-tuned model on the test examples, by bin."""
-        names = (cell.arm.name, cell.task, str(cell.seed))
         overrides = CONDITIONS.get(condition) or self._extension(condition)
         return self.score_job(
-            f"evaluate/{'/'.join(names)}/{condition.replace(' ', '-')}",
-            f"finetune/{'/'.join(names)}",
+            cell.evaluate_name(condition),
+            cell.finetune_name,
             self.finetuning(cell.arm, cell.task, cell.seed),
-            self.scores("tasks", *names, condition),
+            self.scores("tasks", *cell.names, condition),
             bins,
             overrides,
         )

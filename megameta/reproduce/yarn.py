@@ -145,6 +145,8 @@ def table1_parts(experiment: Experiment, _directory: Path) -> list[str]:
     part = settings_of(experiment)
     scores = []
     for row in rows_of(experiment):
+        if not experiment.has("/".join(("table1", "evaluate", *row.names))):
+            continue
         for bound, accuracy, examples in read_accuracies(experiment.scores("table1", *row.names)):
             name = f"{row.factor},{row.reach}"
             scores.append(Score(row.arm.name, TASK, row.seed, name, bound, 0, None, accuracy, examples))
@@ -162,6 +164,6 @@ def table1_parts(experiment: Experiment, _directory: Path) -> list[str]:
     return [
         f"Windows of {part.window} slots (the paper's: 1024), extended by YaRN with continued pre-training, then"
         " fine-tuned on list recall in phases up to the length named.",
-        intervals_note(experiment.scale),
+        intervals_note(found.count_seeds()),
         table(head, lines),
     ]

@@ -35,12 +35,30 @@ def reproduce(directory: Path, *arguments: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=500)
 
 
+def check_a_partial_report(directory: Path, whole: str) -> None:
+    """One evaluation not done: its row is gone, nothing is run, the rest is as it was."""
+    stamp = directory / "out/jobs/evaluate/meta-rope/copying/1/positions-zeroed.json"
+    kept = stamp.read_text()
+    stamp.unlink()
+    partial = reproduce(directory, "figure1", "--partial")
+    assert partial.returncode == 0, partial.stdout + partial.stderr
+    report = (directory / "out/figure1/report.md").read_text(encoding="utf-8")
+    count = len(list((directory / "out/jobs").rglob("*.json"))) + 1
+    assert f"**Not whole: {count - 1} of {count} jobs have run.**" in report
+    lost = {line for line in whole.splitlines() if line not in report and line.startswith("|")}
+    assert lost == {line for line in whole.splitlines() if line.startswith("| Meta + RoPE, positions zeroed")} != set()
+    assert not stamp.exists()
+    stamp.write_text(kept)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # some twenty short programs; a minute and a half on an idle machine
 def test_figure_and_tables_in_miniature(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(SCALE)
     listed = reproduce(tmp_path, "figure1", "--dry-run")
     assert listed.returncode == 0 and "to do finetune/meta-rope/copying/1" in listed.stdout
+    early = reproduce(tmp_path, "figure1", "--partial")
+    assert early.returncode == 1 and "nothing is done yet" in early.stderr
     stopped = reproduce(tmp_path, "figure1", "--time-limit", "0.2")
     assert stopped.returncode == 75 and "the same command goes on" in stopped.stdout, stopped.stderr
     done = reproduce(tmp_path, "figure1")
@@ -58,6 +76,7 @@ def test_figure_and_tables_in_miniature(tmp_path: Path) -> None:
     assert (out / "figure1" / "figure1.png").stat().st_size > 20_000
     scores = json.loads((out / "scores/tasks/gpt2-ape/copying/1/as-trained.json").read_text())
     assert {cell["bin"] for cell in scores["cells"]} == {32, 48}  # learned positions end
+    check_a_partial_report(tmp_path, report)
 
     second = reproduce(tmp_path, "table2")
     assert second.returncode == 0, second.stdout + second.stderr

@@ -71,6 +71,7 @@ def _add_reproduce(commands: Commands) -> None:
         "--time-limit", type=float, default=None, metavar="MINUTES", help="stop then, to go on later"
     )
     reproduce.add_argument("--dry-run", action="store_true", help="only list what is to be done")
+    reproduce.add_argument("--partial", action="store_true", help="run nothing; report what is done so far")
     reproduce.set_defaults(run=_reproduce)
 
 
@@ -106,4 +107,5 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         time_limit=arguments.time_limit,
         dry_run=arguments.dry_run,
+        partial=arguments.partial,
     )
