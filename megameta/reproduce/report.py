@@ -11,6 +11,7 @@ from megameta.reproduce.results import DURING, Scores
 from megameta.reproduce.runs import Experiment
 from megameta.reproduce.scale import Scale
 from megameta.reproduce.statistics import Estimate
+from megameta.tasks.definitions import DIFFICULTIES
 
 
 def percent(found: Estimate | None) -> str:
@@ -70,6 +71,7 @@ def figure1_parts(scores: Scores, experiment: Experiment) -> list[str]:
             continue
         parts += [f"## {task.replace('_', ' ').capitalize()}", _phases(scores, scale, task)]
         parts += [_by_length(scores, scale, task), _differences(scores, scale, task)]
+        parts += _by_difficulty(scores, scale, task)
     verdicts = _verdicts(scores, scale)
     return [*parts, *(["## What that says", verdicts] if verdicts else [])]
 
@@ -92,12 +94,34 @@ def _phases(scores: Scores, scale: Scale, task: str) -> str:
 def _by_length(scores: Scores, scale: Scale, task: str) -> str:
     rows = []
     for arm in scale.arms:
-        for condition in sorted({score.condition for score in scores.all} - {DURING}, key=_condition_order):
+        for condition in _conditions(scores):
             cells = _cells(scores, scale, arm=arm, task=task, condition=condition)
             if set(cells) != {"–"}:
                 rows.append([f"{ARMS[arm].title}, {condition}", *cells])
     head = ["accuracy at the end (%), by tokens at most", *[_length(bound, scale) for bound in scale.tasks.bins]]
     return table(head, rows)
+
+
+def _by_difficulty(scores: Scores, scale: Scale, task: str) -> list[str]:
+    """The same accuracies by difficulty, where a bin has several."""
+    found = {(s.bin, s.difficulty) for level in DIFFICULTIES for s in scores.pick(task=task, difficulty=level)}
+    columns = sorted(found, key=lambda cell: (cell[0], DIFFICULTIES.index(cell[1])))
+    if len({bound for bound, _ in columns}) == len(columns):
+        return []
+    rows = []
+    for arm in scale.arms:
+        for condition in _conditions(scores):
+            wanted = {"arm": arm, "task": task, "condition": condition}
+            cells = [percent(scores.estimate(**wanted, bin=bound, difficulty=level)) for bound, level in columns]
+            if set(cells) != {"–"}:
+                rows.append([f"{ARMS[arm].title}, {condition}", *cells])
+    head = ["by difficulty (%)", *[f"{_length(bound, scale)}: {level}" for bound, level in columns]]
+    return [table(head, rows)]
+
+
+def _conditions(scores: Scores) -> list[str]:
+    """Of the evaluations at the end, "as trained" first."""
+    return sorted({score.condition for score in scores.all} - {DURING}, key=_condition_order)
 
 
 def _cells(scores: Scores, scale: Scale, **wanted: str) -> list[str]:

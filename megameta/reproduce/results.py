@@ -13,6 +13,8 @@ from megameta.train.metrics import read_metrics
 
 #: Condition of the evaluations during training.
 DURING = "during training"
+#: Difficulty of a score over all of them together.
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Score:
     Attributes:
         step: of the fine-tuning, 0 for its end.
         phase: bound of the phase that had ended there; None in the middle of one.
+        difficulty: of the examples; "all" for all together.
     """
 
     arm: str
@@ -33,6 +36,7 @@ class Score:
     phase: int | None
     accuracy: float
     examples: int
+    difficulty: str = ALL
 
 
 class Scores:
@@ -42,7 +46,8 @@ class Scores:
         self.all = list(scores)
 
     def pick(self, **wanted: Any) -> list[Score]:
-        """Those whose attributes have these values."""
+        """Those whose attributes have these values; over all difficulties together where none is named."""
+        wanted = {"difficulty": ALL, **wanted}
         return [score for score in self.all if all(getattr(score, key) == value for key, value in wanted.items())]
 
     def estimate(self, **wanted: Any) -> Estimate | None:
@@ -90,15 +95,15 @@ def final_scores(experiment: Experiment, cell: Cell, condition: str) -> list[Sco
     path = experiment.scores("tasks", *cell.names, condition)
     last = experiment.scale.phases[-1]
     return [
-        Score(cell.arm.name, cell.task, cell.seed, condition, bound, 0, last, accuracy, examples)
-        for bound, accuracy, examples in read_accuracies(path)
+        Score(cell.arm.name, cell.task, cell.seed, condition, c["bin"], 0, last, c["accuracy"], c["examples"], level)
+        for c in read_cells(path)
+        for level in [c["difficulty"]]
     ]
 
 
-def read_accuracies(path: Path) -> list[tuple[int, float, int]]:
-    """(bin, accuracy, examples) of all difficulties together, from what ``megameta tasks evaluate`` wrote."""
-    cells = read_json(path)["cells"]
-    return [(cell["bin"], cell["accuracy"], cell["examples"]) for cell in cells if cell["difficulty"] == "all"]
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """Accuracies by bin and difficulty ("all": together), as ``megameta tasks evaluate`` wrote them."""
+    return read_json(path)["cells"]
 
 
 def read_json(path: Path) -> Any:

@@ -11,7 +11,7 @@ from megameta.reproduce import paper
 from megameta.reproduce.arms import ARMS, Arm, find_arms
 from megameta.reproduce.jobs import Job
 from megameta.reproduce.report import intervals_note, percent
-from megameta.reproduce.results import Score, Scores, read_accuracies
+from megameta.reproduce.results import Score, Scores, read_cells
 from megameta.reproduce.runs import Experiment, merge, whole_phases
 from megameta.reproduce.scale import Table1Part
 
@@ -147,9 +147,9 @@ def table1_parts(experiment: Experiment, _directory: Path) -> list[str]:
     for row in rows_of(experiment):
         if not experiment.has("/".join(("table1", "evaluate", *row.names))):
             continue
-        for bound, accuracy, examples in read_accuracies(experiment.scores("table1", *row.names)):
-            name = f"{row.factor},{row.reach}"
-            scores.append(Score(row.arm.name, TASK, row.seed, name, bound, 0, None, accuracy, examples))
+        for cell in read_cells(experiment.scores("table1", *row.names)):
+            name, numbers = f"{row.factor},{row.reach}", (cell["accuracy"], cell["examples"], cell["difficulty"])
+            scores.append(Score(row.arm.name, TASK, row.seed, name, cell["bin"], 0, None, *numbers))
     found = Scores(scores)
     lines = []
     for factor, reach in ROWS:
