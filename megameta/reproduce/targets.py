@@ -34,10 +34,11 @@ class Target:
 
 
 def cells(experiment: Experiment) -> list[Cell]:
-    """The fine-tuned models. Seeds are outermost, so that an interrupted experiment has whole seeds."""
+    """The fine-tuned models. Tasks are outermost, then seeds: an interrupted experiment has whole seeds of a task,
+    and the first task gets all of them, without which nothing can be claimed."""
     scale = experiment.scale
     return [
-        Cell(arm, task, seed) for seed in scale.seeds for task in scale.tasks.names for arm in find_arms(scale.arms)
+        Cell(arm, task, seed) for task in scale.tasks.names for seed in scale.seeds for arm in find_arms(scale.arms)
     ]
 
 
