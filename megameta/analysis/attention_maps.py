@@ -109,8 +109,8 @@ def _rows_of(maps: dict[str, Tensor], labels: list[int] | None = None) -> list[d
 
 def _marks() -> str:
     return (
-        "Orange triangles mark meta-tokens, as keys (top) and as queries (left). Rows are queries and add up to 1; grey is"
-        " what a query may not see; the colour is logarithmic, and all below 0.001 looks alike."
+        "Orange triangles mark meta-tokens, as keys (top) and as queries (left). Rows are queries and add up to 1; grey"
+        " is what a query may not see; the colour is logarithmic, and all below 0.001 looks alike."
     )
 
 
@@ -148,7 +148,7 @@ def _heads(causal: list[Tensor], layers: list[int], slots: list[int], where: str
         caption=f"Attention of {where}. {_marks()}"
         + (f" The last {left_out} heads of each layer are not drawn." if left_out else ""),
         draw=draw,
-        tables={"maps": _rows_of({name: value for name, value in maps})},
+        tables={"maps": _rows_of(dict(maps))},
         facts={"layers": " ".join(map(str, layers))},
         size=(max(6.0, 2.2 * heads + 1.3), 2.4 * len(layers) + 0.8),
     )
@@ -169,9 +169,9 @@ def _branch(meta: dict[int, Tensor], layers: list[int], slots: list[int], sample
         section=SECTION,
         title="Meta branch by layer and head",
         caption=(
-            f"Attention of the meta branch over the {count} meta-tokens of one held-out sequence (sample {sample}): rows"
-            " and columns are meta-tokens alone, in their order, and what lies between them is text that the branch does"
-            " not see. Rows add up to 1; the first meta-token can see but itself. The colour is logarithmic."
+            f"Attention of the meta branch over the {count} meta-tokens of one held-out sequence (sample {sample}):"
+            " rows and columns are meta-tokens alone, in their order, and what lies between them is text that the"
+            " branch does not see. Rows add up to 1; the first meta-token sees itself alone. The colour is logarithmic."
         ),
         draw=draw,
         tables={"maps": _rows_of(dict(maps), slots)},

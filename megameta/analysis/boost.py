@@ -141,9 +141,9 @@ def _by_head(found: dict[str, Tensor]) -> Finding:
         title="Does a boosted head sharpen?",
         caption=(
             "One point a head: how much its logits at meta keys rise over those at text keys when the embedding is"
-            " there and not zeroed, against how far its entropy falls; means over the sequences and queries of the figure by"
-            " layer. A boost lowers entropy where attention already concentrates on the boosted keys and raises it"
-            f" elsewhere (spec §6). Of {relative_CH.numel()} heads: "
+            " there and not zeroed, against how far its entropy falls; means over the sequences and queries of the"
+            " figure by layer. A boost lowers entropy where attention already concentrates on the boosted keys and"
+            f" raises it elsewhere (spec §6). Of {relative_CH.numel()} heads: "
             + ", ".join(f"{count} {name}" for name, count in counts.items())
             + "."
         ),

@@ -46,7 +46,8 @@ def part_numbers(subject: Subject, num_samples: int) -> dict[str, Tensor]:
 def _parts_of_batch(subject: Subject, batch: Batch) -> dict[str, Tensor]:
     context = subject.context(batch)
     rows = context.meta
-    assert rows is not None  # the registry lets only text with meta-tokens and models with a branch through
+    if rows is None:  # the registry lets no such model through
+        raise ValueError("no meta-tokens, or no meta branch")
     sources: dict[int, Tensor] = {}
     added: dict[int, dict[str, Tensor]] = {}
 
@@ -148,8 +149,11 @@ def _loses(subject: Subject, options: Options) -> Finding:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        shown = (("all", "all targets", BLACK, "o"), ("meta", "predicted at meta-tokens", META, "s"))
-        shown += (("text", "predicted at text tokens", TEXT, "^"),)
+        shown = (
+            ("all", "all targets", BLACK, "o"),
+            ("meta", "predicted at meta-tokens", META, "s"),
+            ("text", "predicted at text tokens", TEXT, "^"),
+        )
         for shift, (name, label, colour, marker) in enumerate(shown):
             x = [place + (shift - 1) * 0.18 for place in range(len(cases))]
             y = [e.mean for e in change[name]]

@@ -120,11 +120,11 @@ def _curves(subject: Subject, found: Lens, twin: Lens | None) -> Finding:
         title="Logit lens at meta positions",
         caption=(
             "The residual of every level, through the final norm and the output projection, as a prediction of the next"
-            f" text token: {found.loss_EN['meta'].shape[1]} held-out sequences, slots that have a target, 95 % intervals"
-            f" over sequences. {LEVELS[0].upper()}{LEVELS[1:]}. A meta-token has no text of its own and predicts the"
-            " token that follows; its targets are other places of the same text, so that the two curves are"
-            f" comparable on average. At the end: meta minus text {gap[-1]} nats. The lens is a reading that the model"
-            " was not trained for: a high loss at an inner level does not mean that the information is missing."
+            f" text token: {found.loss_EN['meta'].shape[1]} held-out sequences, slots that have a target, 95 %"
+            f" intervals over sequences. {LEVELS[0].upper()}{LEVELS[1:]}. A meta-token has no text of its own and"
+            " predicts the token that follows; its targets are other places of the same text, so that the two curves"
+            f" are comparable on average. At the end: meta minus text {gap[-1]} nats. The lens is a reading that the"
+            " model was not trained for: a high loss at an inner level does not mean that the information is missing."
         ),
         draw=draw,
         tables={"levels": rows, "top-tokens": _top_rows(subject, found)},
@@ -196,11 +196,11 @@ def _tokens(subject: Subject, most: int = 12) -> Finding:
         section=SECTION,
         title="What meta-tokens would say, level by level",
         caption=(
-            f"The first {len(slots)} meta-tokens of one held-out sequence (sample {batch.sample_ids[0]}): the most likely"
-            " next token that the residual of each level gives through the final norm and the output projection, and"
-            " its probability (colour). Under each column the text token before the meta-token and the one to predict;"
-            " (none): no target there, because a meta-token follows. One example: look at the curves for what is"
-            " general."
+            f"The first {len(slots)} meta-tokens of one held-out sequence (sample {batch.sample_ids[0]}): the most"
+            " likely next token that the residual of each level gives through the final norm and the output projection,"
+            " and its probability (colour). Under each column the text token before the meta-token and the one to"
+            " predict; (none): no target there, because a meta-token follows. One example: look at the curves for what"
+            " is general."
         ),
         draw=draw,
         tables={"tokens": rows},

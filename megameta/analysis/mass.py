@@ -131,10 +131,10 @@ def _by_layer(
         caption=(
             "Probability that text queries which see a meta-token put on meta keys, causal branch, mean over heads and"
             f" queries of {numbers['mass'].shape[1]} held-out sequences, 95 % intervals over sequences. The grey line"
-            " is what they would get if every visible key got the same. Right: the same by distance, mean over layers; the"
-            f" bins double and add up to the mass. Over all layers {whole} against a share of {share}. More mass than"
-            " the share does not make a meta-token special: near keys get more whatever they are, so compare at one"
-            " distance (next figure)."
+            " is what they would get if every visible key got the same. Right: the same by distance, mean over layers;"
+            f" the bins double and add up to the mass. Over all layers {whole} against a share of {share}. More mass"
+            " than the share does not make a meta-token special: near keys get more whatever they are, so compare at"
+            " one distance (next figure)."
         ),
         draw=draw,
         tables={

@@ -66,7 +66,7 @@ def attention_logits(q_BHTK: Tensor, k_BGSK: Tensor, visible_BTS: Tensor) -> Ten
 
 
 @contextmanager
-def observed_attention(model: GPT, see: SeeAttention, branches: Collection[BranchName] = ("causal",)) -> Iterator[None]:
+def observed_attention(model: GPT, see: SeeAttention, branches: tuple[BranchName, ...] = ("causal",)) -> Iterator[None]:
     """Every attention of the model is shown to ``see`` while the block of this context runs.
 
     Outputs are those of the model's own kernel, bit by bit; logits and probabilities are computed beside it.

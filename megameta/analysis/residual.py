@@ -1,7 +1,7 @@
 """The residual stream at meta-tokens: what earlier tokens it is like (spec §6, caching), and how long it is.
 
-Letters: B batch, N sequences, T slots, D model width, E levels (0 the embedding, l the output of layer l − 1), X bins of
-distance.
+Letters: B batch, N sequences, T slots, D model width, E levels (0 the embedding, l the output of layer l − 1),
+X bins of distance.
 """
 
 from dataclasses import dataclass
@@ -87,14 +87,18 @@ def norms(subject: Subject, num_samples: int, *, meta_tokens: bool = True) -> di
     with torch.no_grad():
         for batch in subject.held_out(num_samples, meta_tokens=meta_tokens):
             is_meta_BT = is_meta_of(subject, batch)
-            levels: list[Tensor] = []
-            with observed_residuals(
-                subject.model, lambda level, x_BTD, levels=levels: levels.append(x_BTD.norm(dim=-1)[:, None])
-            ):
-                subject.hidden_states(batch)
+            levels = norms_of_levels(subject, batch)
             for name, rows_BT in (("meta", is_meta_BT), ("text", ~is_meta_BT)):
                 found[name].append(torch.stack([mean_over(norm_B1T, rows_BT)[:, 0] for norm_B1T in levels]).cpu())
     return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
+def norms_of_levels(subject: Subject, batch: Batch) -> list[Tensor]:
+    """Norm of the residual of every slot, (B, 1, T) a level."""
+    found: list[Tensor] = []
+    with observed_residuals(subject.model, lambda level, x_BTD: found.append(x_BTD.norm(dim=-1)[:, None])):
+        subject.hidden_states(batch)
+    return found
 
 
 def residual(subject: Subject, options: Options) -> list[Finding]:

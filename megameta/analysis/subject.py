@@ -60,28 +60,29 @@ class Subject:
         model = build_model(config, weights).to(device).eval().requires_grad_(False)
         return cls(name, config, model, tokenizer, set_name, samples, replace(form, skip_first_target=True))
 
-    def with_twin(self, twin: "Subject") -> "Subject":
-        """This subject beside another model, which is made to read this one's text: with meta-tokens at the same
-        places if it was trained with some, else without.
+    def with_twin(self, name: str, config: RunConfig, weights: Mapping[str, Tensor]) -> "Subject":
+        """This subject beside another model, which reads this one's text: with meta-tokens at the same places if it was
+        trained with some, else without.
 
         Raises:
             UserError: it has another vocabulary, or a window that the text does not fit into.
         """
-        count = self.form.num_meta_tokens if twin.form.num_meta_tokens else 0
+        model, ours = config.model, self.config.model
+        count = self.form.num_meta_tokens if config.data.num_meta_tokens else 0
         length = self.form.text_per_sample + count
-        model = twin.config.model
-        if model.vocab_size != self.config.model.vocab_size:
+        if model.vocab_size != ours.vocab_size or (count and model.meta_token_id != ours.meta_token_id):
             raise UserError(
-                f"{twin.name} has {model.vocab_size:,} tokens in its vocabulary, {self.name} has"
-                f" {self.config.model.vocab_size:,}: a twin reads the same tokens"
+                f"{name} has {model.vocab_size:,} tokens in its vocabulary and meta-token {model.meta_token_id},"
+                f" {self.name} has {ours.vocab_size:,} and {ours.meta_token_id}: a twin reads the same tokens"
             )
         if model.position == "ape" and model.max_position_embeddings < length:
             raise UserError(
-                f"{twin.name} has learned positions up to {model.max_position_embeddings}, and the same text takes"
+                f"{name} has learned positions up to {model.max_position_embeddings}, and the same text takes"
                 f" {length}: give data.sequence_length={model.max_position_embeddings} or less"
             )
-        form = replace(self.form, num_meta_tokens=count, meta_token_id=model.meta_token_id)
-        return replace(self, twin=replace(twin, samples=self.samples, set_name=self.set_name, form=form))
+        gpt = build_model(config, weights).to(self.device).eval().requires_grad_(False)
+        form = replace(self.form, num_meta_tokens=count)
+        return replace(self, twin=replace(self, name=name, config=config, model=gpt, form=form, twin=None))
 
     @property
     def device(self) -> str:
@@ -97,6 +98,11 @@ class Subject:
     def has_branch(self) -> bool:
         """Whether any layer has the meta branch."""
         return any(self.config.model.layer_has_meta(layer) for layer in range(self.config.model.num_layers))
+
+    @property
+    def num_held_out(self) -> int:
+        """Windows of the held-out set."""
+        return self.samples.samples_per_epoch
 
     def held_out(
         self, num_samples: int, *, meta_tokens: bool = True, batch_size: int | None = None, first: int = 0
