@@ -65,7 +65,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[int
             f"<{tag}{' class=text' if place in text else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(shown)
         )
 
-    contents = links if contents is None else contents
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
     return f"<table><thead><tr>{row(head, 'th')}</tr></thead><tbody>{body}</tbody></table>" if body else note("None.")
 

@@ -174,11 +174,12 @@ def _tokens(subject: Subject, most: int = 12) -> Finding:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         chances = [[chance for _, chance in row] for row in grid]
-        image = axes.imshow(chances, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1)
+        image = axes.imshow(chances, aspect="auto", origin="lower", cmap="cividis", vmin=0)
+        half = max(max(row) for row in chances) / 2
         figure.colorbar(image, ax=axes, label="probability of the most likely token")
         for level, row in enumerate(grid):
             for x, (token, chance) in enumerate(row):
-                colour = "black" if chance > 0.55 else "white"
+                colour = "black" if chance > half else "white"
                 axes.text(x, level, _short(subject.text(token)), ha="center", va="center", fontsize=7, color=colour)
         labels = [f"{slot}\n{_short(b)}\n→ {_short(a)}" for slot, b, a in zip(slots, before, after, strict=True)]
         axes.set_xticks(range(len(slots)), labels, fontsize=7)

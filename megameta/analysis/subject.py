@@ -147,4 +147,10 @@ class Subject:
         """A token as a reader sees it, quoted; its number where there is no tokenizer."""
         if self.form.num_meta_tokens and token == self.form.meta_token_id:
             return "[meta]"
-        return str(token) if self.tokenizer is None else repr(self.tokenizer.decode([token]))
+        if self.tokenizer is None:
+            return str(token)
+        spelling = self.tokenizer.spelling(token)
+        try:
+            return repr(spelling.decode("utf-8"))
+        except UnicodeDecodeError:  # a part of a character
+            return repr(spelling)
