@@ -65,8 +65,9 @@ def _panel(axes: Any, map_WW: Tensor, slots: list[int]) -> Any:
     value = np.ma.masked_less_equal(map_WW.numpy(), 0)
     image = axes.imshow(value, cmap="viridis", norm=LogNorm(FAINT, 1.0, clip=True), interpolation="none")
     size = len(map_WW)
-    axes.plot(slots, [-1.6] * len(slots), "v", color=META, markersize=3, clip_on=False)
-    axes.plot([-1.6] * len(slots), slots, ">", color=META, markersize=3, clip_on=False)
+    if slots:  # an empty line would upset the layout
+        axes.plot(slots, [-1.6] * len(slots), "v", color=META, markersize=3, clip_on=False)
+        axes.plot([-1.6] * len(slots), slots, ">", color=META, markersize=3, clip_on=False)
     axes.set_xlim(-0.5, size - 0.5)
     axes.set_ylim(size - 0.5, -0.5)
     axes.tick_params(labelsize="x-small")

@@ -107,9 +107,9 @@ def _adds(subject: Subject, options: Options) -> Finding:
             line(left, layers, found[f"norm {part}"], TITLES[part], *colours[part])
             line(right, layers, found[f"cosine {part}"], f"{TITLES[part]} to the residual", *colours[part])
         line(right, layers, found["cosine meta causal"], "meta branch to causal attention", BLACK, ":", "x")
-        left.set_ylim(bottom=0)
+        left.set_yscale("log")
         right.axhline(0, color="black", linewidth=0.6)
-        finish(left, "layer", "norm of what is added / norm of the residual", ticks=layers)
+        finish(left, "layer", "norm of what is added / norm of the residual (log scale)", ticks=layers)
         finish(right, "layer", "cosine similarity", ticks=layers)
 
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """Means over held-out sequences, with intervals. Letters: N sequences."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,3 @@ def mean_over(value_BHT: Tensor, chosen_BT: Tensor) -> Tensor:
     chosen_B1T = chosen_BT[:, None]
     total_BH = torch.where(chosen_B1T, value_BHT, 0).sum(dim=-1, dtype=torch.float64)
     return total_BH / chosen_B1T.sum(dim=-1)
-
-
-def cells(*values: Any) -> list[Any]:
-    """Numbers of a table rounded to six significant digits, so that files stay small."""
-    return [float(f"{value:.6g}") if isinstance(value, float) else value for value in values]

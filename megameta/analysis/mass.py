@@ -168,7 +168,7 @@ def _by_distance(subject: Subject, found: MassByDistance) -> Finding:
     def draw(figure: Any) -> None:
         shown = (
             (mass_CX.numpy(), "probability on meta keys", False),
-            (ratio_CX.log2().numpy(), "log₂ of the ratio", True),
+            (ratio_CX.log2().numpy(), "log₂ (a meta key over a text key)", True),
         )
         for axes, (value, label, diverging) in zip(figure.subplots(1, 2), shown, strict=True):
             heat(figure, axes, value, label, diverging=diverging)

@@ -6,7 +6,6 @@ Letters: B batch, T slots of a sequence with its meta-tokens, L = T − M of the
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from megameta.config import RunConfig
@@ -17,6 +16,7 @@ from megameta.data.sources import TEST, held_out_samples
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.model import GPT, Context, make_context
+from megameta.train.evaluation import evenly_spread
 from megameta.train.setup import build_model
 
 
@@ -118,8 +118,7 @@ class Subject:
         """
         form = self.form if meta_tokens else replace(self.form, num_meta_tokens=0)
         dataset = Dataset(self.samples, form)
-        wanted = min(num_samples, len(dataset))
-        chosen = [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)][first:]
+        chosen = evenly_spread(num_samples, len(dataset))[first:]
         size = batch_size or self.config.train.micro_batch_size
         for start in range(0, len(chosen), size):
             batch = collate([dataset[index] for index in chosen[start : start + size]], form.num_meta_tokens)
