@@ -111,7 +111,7 @@ def test_every_analysis_can_be_loaded():
         (["entropy"], FEW, "give one model"),
         (["a", "b"], FEW, "give one model.*after at most one of"),
         (["nowhere"], FEW, "nowhere"),
-        (["RUN", "data.valid="], FEW, "no held-out set is named: give --data"),
+        (["RUN", "data.valid={}"], FEW, "no held-out set is named: give --data"),
         (["RUN"], Options(num_samples=0), "--samples 0"),
         (["RUN"], Options(layers=(7,)), "--layers 7: .* has layers 0 to 2"),
         (["RUN", "data.sequencelength=3"], FEW, "sequence_length"),

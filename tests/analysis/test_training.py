@@ -55,10 +55,17 @@ def _both(topology, corpus, cases):
     return {case: (_run(topology, corpus, *case, 0), _run(topology, corpus, *case, 2)) for case in cases}
 
 
-def test_training_does_not_notice(tmp_path):
-    """Bitwise, under every ZeRO stage (3 last: it patches torch for the rest of the process) and in bf16."""
-    cases = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
-    by_rank = run_ranks(_both, 2, write_corpus(tmp_path / "text"), cases, timeout=400)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [(1, "fp32")],
+        # 3 last: it patches torch for the rest of the process
+        pytest.param([(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")], marks=pytest.mark.slow),
+    ],
+)
+def test_training_does_not_notice(tmp_path, cases):
+    """Bitwise, under every ZeRO stage and in bf16."""
+    by_rank = run_ranks(_both, 2, write_corpus(tmp_path / "text"), cases, timeout=500)
     for case in cases:
         for found in by_rank:
             (results, weights, none), (watched, weights_watched, measured) = found[case]
@@ -66,8 +73,8 @@ def test_training_does_not_notice(tmp_path):
             assert results == watched and weights == weights_watched, case
             assert len({entry["meta_mass"] for entry in measured}) == len(measured)  # it follows the weights
             assert measured == by_rank[0][case][1][2]  # every rank has the same numbers
-    one, three = (by_rank[0][stage, "fp32"][1][2][-1] for stage in (1, 3))
-    assert one == pytest.approx(three, abs=1e-5)
+    exact = [by_rank[0][case][1][2][-1] for case in cases if case[1] == "fp32"]
+    assert all(found == pytest.approx(exact[0], abs=1e-5) for found in exact)  # whatever the stage
 
 
 def test_a_run_records_what_an_analysis_of_its_checkpoint_finds(trained):
