@@ -21,6 +21,8 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 
 PARTS: tuple[PartName, ...] = ("meta", "causal", "mlp")
+#: Logits that are held at once, (B, T, V).
+_LOGITS = 1 << 26
 TITLES = {"meta": "meta branch", "causal": "causal attention", "mlp": "MLP"}
 
 
@@ -72,8 +74,10 @@ def losses(subject: Subject, num_samples: int, off: Collection[int]) -> dict[str
     """Mean next-token loss in nats with the branch of some layers switched off, float64 (N) by where the target is
     predicted from: "meta", "text", and "all" of them."""
     found: dict[str, list[Tensor]] = {"meta": [], "text": [], "all": []}
+    slots = subject.form.sequence_length * subject.config.model.vocab_size
+    size = max(1, min(8, _LOGITS // slots))
     with torch.no_grad(), switched_off(subject.model, off):
-        for batch in subject.held_out(num_samples):
+        for batch in subject.held_out(num_samples, batch_size=size):
             logit_BTV = subject.logits(subject.hidden_states(batch))
             loss_BT = F.cross_entropy(
                 logit_BTV.transpose(1, 2), batch.label_BT, ignore_index=IGNORE_INDEX, reduction="none"
