@@ -9,6 +9,7 @@ from megameta.errors import UserError
 def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     """What is wrong with a configuration for a world of this size on "cpu" or "cuda": keys and a remedy, each."""
     found = [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *_finetune(config)]
+    found += _analysis(config)
     return found + layout_problems(config, device)
 
 
@@ -136,6 +137,24 @@ def _finetune(config: RunConfig) -> list[str]:
             "finetune.markers=false leaves the meta branch nothing to do: set model.meta_attention=false, or keep them"
         )
     return found
+
+
+def _analysis(config: RunConfig) -> list[str]:
+    if not config.analysis.interval:
+        return []
+    remedy = "set analysis.interval=0, and look at checkpoints with megameta analyze"
+    if config.parallel.tensor_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1:
+        return [
+            "analysis.interval needs every layer and head in one process: no tensor or pipeline parallelism (ZeRO 0 to"
+            f" 3 are fine); {remedy}"
+        ]
+    if config.finetune.directory is not None:
+        return [f"analysis.interval reads held-out text, and fine-tuning has none: {remedy}"]
+    if not config.data.num_meta_tokens:
+        return ["analysis.interval measures meta-tokens, and data.meta_token_fraction leaves none: set it to 0"]
+    if not config.data.valid and not (config.data.split is not None and config.data.split[1] > 0):
+        return [f"analysis.interval needs a held-out set: give data.valid or data.split, or {remedy}"]
+    return []
 
 
 def layout_problems(config: RunConfig, device: str) -> list[str]:

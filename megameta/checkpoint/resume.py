@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "parallel.*",
     "checkpoint.*",
     "eval.*",
+    "analysis.*",
     "finetune.directory",
     "finetune.eval_*",
     "log.*",

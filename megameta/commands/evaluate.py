@@ -80,6 +80,7 @@ def load_source(source: str, overrides: list[str]) -> tuple[RunConfig, Mapping[s
         raw, weights = checkpoint.config.to_dict(), checkpoint.weights()
     # One process evaluates whatever layout the run had.
     raw["parallel"] = {}
+    raw["analysis"] = {}
     raw.setdefault("train", {}).update(micro_batch_size=8, global_batch_size=8, precision="fp32")
     return build_config(apply_overrides(raw, overrides), source), weights
 

@@ -213,6 +213,15 @@ class EvalSection(Section):
     """Also evaluate without meta-tokens where training has them."""
 
 
+class AnalysisSection(Section):
+    """What meta-tokens do inside the model, recorded while it trains (``megameta analyze`` shows more)."""
+
+    interval: int = Field(0, ge=0)
+    """Steps between measurements of entropy drop, logit boost and meta mass on held-out text; 0: never."""
+    num_samples: int = Field(4, ge=1)
+    """Sequences of the first held-out set that are measured, the same each time, read three times by every rank."""
+
+
 class FinetuneSection(Section):
     """Fine-tuning on tasks (``megameta finetune``), in phases of growing length."""
 
@@ -257,6 +266,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    analysis: AnalysisSection = AnalysisSection()
     finetune: FinetuneSection = FinetuneSection()
     init: InitSection = InitSection()
     log: LogSection = LogSection()

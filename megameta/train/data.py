@@ -1,6 +1,6 @@
 """What a run trains and evaluates on, behind one small interface: tokenised corpora here, tasks in megameta.tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from megameta.config import RunConfig
@@ -38,6 +38,17 @@ class RunData(Protocol):
 
     def evaluates(self, step: int) -> bool:
         """Whether the run is evaluated after this step (after the last one it always is)."""
+
+
+class Probe(Protocol):
+    """Looks into the model between steps, and leaves it and the training as they were."""
+
+    def measure(self, engine: Engine) -> dict[str, float]:
+        """Numbers by name, the same on every rank. Collective."""
+
+
+#: Made on every rank, where analysis.interval asks for it.
+MakeProbe = Callable[[RunConfig, Topology], Probe]
 
 
 class PretrainingData:

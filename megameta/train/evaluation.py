@@ -64,10 +64,14 @@ class PositionResult:
         return found
 
 
+def evenly_spread(wanted: int, count: int) -> list[int]:
+    """``wanted`` of ``count`` numbers, evenly spread; all of them where there are fewer."""
+    return [int(i) for i in np.linspace(0, count, min(wanted, count), endpoint=False)]
+
+
 def evaluated_samples(config: RunConfig, dataset: Dataset) -> list[int]:
     """Which samples of a held-out set are evaluated: eval.num_samples of them, evenly spread."""
-    wanted = min(config.eval.num_samples or len(dataset), len(dataset))
-    return [int(i) for i in np.linspace(0, len(dataset), wanted, endpoint=False)]
+    return evenly_spread(config.eval.num_samples or len(dataset), len(dataset))
 
 
 class Evaluator:

@@ -31,7 +31,7 @@ from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
-from megameta.train.data import PretrainingData, RunData
+from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
 from megameta.train.engine import NonFiniteGradient
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
@@ -49,6 +49,7 @@ class Trainer:
         config: RunConfig,
         topology: Topology,
         make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
+        make_probe: MakeProbe | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -58,6 +59,9 @@ class Trainer:
         checkpoint = self._find_checkpoint()
         self.data = make_data(config, topology)
         self.loader = self.data.loader()
+        self.probe: Probe | None = None
+        if config.analysis.interval and make_probe is not None:
+            self.probe = make_probe(config, topology)
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)
@@ -166,6 +170,8 @@ class Trainer:
             sets = self.data.evaluator.names(final=last)
             if sets and (last or self.data.evaluates(step)):
                 self._evaluate(sets)
+            if self.probe is not None and step % config.analysis.interval == 0:
+                self._analyze(self.probe)
             stopping = self.engine.any_rank(self._stop_requested)
             if last or stopping or step % config.checkpoint.interval == 0:
                 self._save()
@@ -252,6 +258,19 @@ class Trainer:
         for name, result in results.items():
             LOG.info("step %d · %s: %s", step, name, result)
         LOG.info("evaluation took %s", duration(time.perf_counter() - start))
+
+    def _analyze(self, probe: Probe) -> None:
+        start = time.perf_counter()
+        found = probe.measure(self.engine)
+        seconds = time.perf_counter() - start
+        step, every = self.state.step, self.config.analysis.interval
+        share = seconds / (every * statistics.median(self._durations))
+        if self.metrics:
+            self.metrics.write({"step": step, "analysis": found, "seconds": seconds, "share_of_steps": share})
+        if self.tensorboard:
+            self.tensorboard.write(step, {f"analysis/{name}": value for name, value in found.items()})
+        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+        LOG.info("step %d · inside: %s; %.2f s, %.1f %% of %d steps", step, numbers, seconds, 100 * share, every)
 
     # --- end --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from megameta.config import RunConfig
 from megameta.errors import EXIT_FAILURE, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.parallel.topology import Topology
-from megameta.train.data import PretrainingData, RunData
+from megameta.train.data import MakeProbe, PretrainingData, RunData
 from megameta.train.loop import Trainer
 from megameta.train.setup import load_run_config
 from megameta.validate import validate
@@ -27,6 +27,7 @@ def train(
     path: str | os.PathLike[str],
     overrides: list[str],
     make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
+    make_probe: MakeProbe | None = None,
 ) -> NoReturn:
     """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
@@ -46,7 +47,7 @@ def train(
         )
         validate(config, world_size=topology.world_size, device=device)
         initialize_process_group(topology)
-        code = Trainer(config, topology, make_data).run()
+        code = Trainer(config, topology, make_data, make_probe).run()
         dist.barrier()  # nobody leaves while another rank is still in a collective
         _leave(code)
     except UserError as error:

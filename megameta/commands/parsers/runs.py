@@ -86,13 +86,14 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from megameta.analysis.training import AttentionProbe
     from megameta.parallel.launch import launch_local, pick_device
     from megameta.train.run import train
 
     if arguments.nproc_per_node is not None and "RANK" not in os.environ:
         count = _process_count(arguments.nproc_per_node, pick_device("auto"))
         return launch_local(["train", arguments.config, *arguments.overrides], count)
-    return train(arguments.config, arguments.overrides)
+    return train(arguments.config, arguments.overrides, make_probe=AttentionProbe)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:

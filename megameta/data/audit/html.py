@@ -1,22 +1,12 @@
 """report.html: the findings on one page that needs no network, with every text of the corpus escaped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#fff;max-width:1080px;margin:2em auto;padding:0 1em}
-h1{font-size:1.7em;margin-bottom:.1em}h2{margin-top:2em;border-bottom:1px solid #d5dbe3;padding-bottom:.2em}
-h3{margin-top:1.4em;font-size:1.05em}table{border-collapse:collapse;margin:.6em 0;font-size:.92em}
-th,td{padding:.25em .8em;border-bottom:1px solid #e6eaef;text-align:right;vertical-align:top}
-th:first-child,td:first-child{text-align:left}th{background:#f4f6f9;font-weight:600}
-td.text,th.text{text-align:left;overflow-wrap:anywhere;max-width:34em}.note{color:#556;max-width:60em}
-.cards{display:flex;flex-wrap:wrap;gap:.8em;margin:1em 0}
-.card{border:1px solid #d5dbe3;border-radius:6px;padding:.6em 1em}
-.card b{display:block;font-size:1.35em}.card span{color:#556;font-size:.9em}
-.plots{display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0}figcaption{font-size:.92em;font-weight:600}
-svg text{font:11px system-ui,sans-serif;fill:#445}code{background:#f4f6f9;padding:0 .25em}nav a{margin-right:1em}
-"""
+from megameta.html import note as soft_note
+from megameta.html import number, page, table
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 480, 190, 56, 46
 _BAR = "#3a6ea5"
 _TITLES = {
@@ -55,47 +45,19 @@ def render(report: dict[str, Any]) -> str:
         ("bad", "Unreadable documents", _bad(report["bad_documents"])),
         ("filter", "Filter", _filter(report["filter"])),
     ]
-    links = "".join(f'<a href="#{name}">{escape(title)}</a> ' for name, title, _ in parts)
-    body = "".join(
-        f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>' for name, title, content in parts
+    head = (
+        f"<p class=note>megameta {escape(report['megameta'])}, tools/audit_corpus.py. The same numbers are in"
+        " report.json; what was read, with hashes, in manifest.json.</p>"
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f'<meta name="viewport" content="width=device-width"><title>Corpus audit</title><style>{_STYLE}</style></head>'
-        f"<body><h1>Corpus audit</h1><p class=note>megameta {escape(report['megameta'])}, "
-        f"tools/audit_corpus.py. The same numbers are in report.json; what was read, with hashes, in manifest.json."
-        f"</p><nav>{links}</nav>{body}</body></html>\n"
-    )
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.3f}"
+    return page("Corpus audit", head, parts)
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part:,}" + (f" ({part / whole:.2%})" if part and whole else "")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[int] = ()) -> str:
-    """A table; cells are escaped here, and nowhere else. ``text``: columns aligned to the left, beside the first."""
-
-    def row(cells: Sequence[Any], tag: str) -> str:
-        shown = [cell if isinstance(cell, str) else _number(cell) for cell in cells]
-        return "".join(
-            f"<{tag}{' class=text' if place in text else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(shown)
-        )
-
-    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    return f"<table><thead><tr>{row(head, 'th')}</tr></thead><tbody>{body}</tbody></table>" if body else _none()
-
-
 def _none(what: str = "None.") -> str:
-    return f"<p class=note>{escape(what)}</p>"
+    return soft_note(what)
 
 
 def _by_source(counts: dict[str, int]) -> str:
@@ -106,17 +68,17 @@ def _overview(report: dict[str, Any]) -> str:
     corpus, duplicates = report["corpus"], report["duplicates"]
     documents = corpus["documents"]
     cards = [
-        ("documents", _number(documents)),
-        ("bytes of text", _number(corpus["bytes"])),
-        ("tokens", _number(corpus["tokens"])),
-        ("bytes per token", _number(corpus["bytes_per_token"])),
+        ("documents", number(documents)),
+        ("bytes of text", number(corpus["bytes"])),
+        ("tokens", number(corpus["tokens"])),
+        ("bytes per token", number(corpus["bytes_per_token"])),
         ("copies, exact or near", _share(duplicates["near"]["copies"], documents)),
-        ("with secrets", _number(report["documents_with"]["secrets"])),
-        ("unreadable", _number(corpus["bad"])),
-        ("empty", _number(corpus["empty"])),
+        ("with secrets", number(report["documents_with"]["secrets"])),
+        ("unreadable", number(corpus["bad"])),
+        ("empty", number(corpus["empty"])),
     ]
     if report["contamination"]:
-        cards.append(("documents with an evaluation example", _number(report["contamination"]["documents"])))
+        cards.append(("documents with an evaluation example", number(report["contamination"]["documents"])))
     if report["filter"]:
         cards.append(("dropped by the filter", _share(report["filter"]["dropped"], report["filter"]["read"])))
     return (
@@ -142,9 +104,9 @@ def _sources(report: dict[str, Any]) -> str:
         if "bytes_percentiles" in entry
     ]
     return (
-        _table(head, rows)
+        table(head, rows)
         + "<h3>Bytes of a document (percentiles)</h3>"
-        + _table(["source", *(f"{at} %" for at in shown)], lengths)
+        + table(["source", *(f"{at} %" for at in shown)], lengths)
     )
 
 
@@ -171,7 +133,8 @@ def bars(edges: Sequence[float], counts: Sequence[int], x_label: str, y_label: s
     out = [f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(x_label)}">']
     for part in (0, 0.5, 1):
         y = 12 + height * (1 - part)
-        out.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde3ea"/>')
+        ends = f'x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"'
+        out.append(f'<line {ends} stroke="currentColor" stroke-opacity="0.2"/>')
         out.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(top * part)}</text>')
     step = max(1, -(-len(shown) // 8))
     for place, count in enumerate(shown):
@@ -213,13 +176,13 @@ def _duplicates(found: dict[str, Any]) -> str:
     largest = [[f"{group['documents']:,}", "; ".join(group["examples"])] for group in found["largest"]]
     return (
         _none("A copy is a document that is not the first of its group.")
-        + _table(head, rows)
+        + table(head, rows)
         + "<h3>Within and across sources (near)</h3>"
         + _matrix(found["near"]["within_and_across"])
         + "<h3>Within and across sources (exact)</h3>"
         + _matrix(found["exact"]["within_and_across"])
         + "<h3>Largest groups</h3>"
-        + _table(["documents", "first members"], largest, text=[1])
+        + table(["documents", "first members"], largest, text=[1])
     )
 
 
@@ -230,9 +193,9 @@ def _matrix(matrix: dict[str, dict[str, int]]) -> str:
     note = _none("Documents of the row's source that have a duplicate in the column's source.")
     if len(names) > 20:  # a list is easier to read than a wide table
         pairs = [(-count, f"{name} in {other}") for name, row in matrix.items() for other, count in row.items()]
-        return note + _table(["sources", "documents"], [[name, -count] for count, name in sorted(pairs)[:100]])
+        return note + table(["sources", "documents"], [[name, -count] for count, name in sorted(pairs)[:100]])
     rows = [[name, *(matrix.get(name, {}).get(other, 0) for other in names)] for name in names]
-    return note + _table(["", *names], rows)
+    return note + table(["", *names], rows)
 
 
 def _contamination(found: dict[str, Any] | None) -> str:
@@ -262,15 +225,15 @@ def _contamination(found: dict[str, Any] | None) -> str:
         ]
         for name, entry in found["sets"].items()
     ]
-    parts = [_none(note), _table(head, rows)]
+    parts = [_none(note), table(head, rows)]
     for name, entry in found["sets"].items():
         parts.append(f"<h3>{escape(name)}</h3>")
-        parts.append(_table(["source", "documents touching it"], entry["by_source"].items()))
+        parts.append(table(["source", "documents touching it"], entry["by_source"].items()))
         if entry["most_overlapped"]:
             edges = [round(0.1 * step, 1) for step in range(1, 10)]
             plot = bars(edges, entry["share_histogram"], "share of an example's n-grams in the corpus", "examples")
             worst = [[line["example"], line["share"], line["words"]] for line in entry["most_overlapped"]]
-            parts += [plot, _table(["most overlapped examples", "share", "words"], worst)]
+            parts += [plot, table(["most overlapped examples", "share", "words"], worst)]
     return "".join(parts)
 
 
@@ -284,7 +247,7 @@ def _languages(report: dict[str, Any]) -> str:
         for code, entry in found["languages"].items()
     ]
     note = "py3langid on the first 1,000 characters; und: not determined. Code and lists often count as odd languages."
-    return _none(note) + _table(["language", "documents", "bytes", "by source"], rows, text=[3])
+    return _none(note) + table(["language", "documents", "bytes", "by source"], rows, text=[3])
 
 
 def _rules(report: dict[str, Any]) -> str:
@@ -304,7 +267,7 @@ def _rules(report: dict[str, Any]) -> str:
         "were made for web pages: whole books and tables break some of them and may be good text. docs/audit.md says "
         "what each one counts."
     )
-    return _none(note) + _table(["rule", "limit", "documents beyond it", "by source", "for example"], rows, text=[3, 4])
+    return _none(note) + table(["rule", "limit", "documents beyond it", "by source", "for example"], rows, text=[3, 4])
 
 
 def _patterns(group: dict[str, Any], note: str) -> str:
@@ -321,8 +284,8 @@ def _patterns(group: dict[str, Any], note: str) -> str:
     ]
     missing = [name for name, entry in group.items() if not entry["documents"]]
     none = _none(f"Not found: {', '.join(missing)}.") if missing else ""
-    table = _table(["kind", "documents", "finds", "by source", "for example (masked)"], rows, text=[3, 4])
-    return _none(note) + table + none
+    finds = table(["kind", "documents", "finds", "by source", "for example (masked)"], rows, text=[3, 4])
+    return _none(note) + finds + none
 
 
 def _encoding(report: dict[str, Any]) -> str:
@@ -335,19 +298,19 @@ def _encoding(report: dict[str, Any]) -> str:
         f"{found['documents']:,} documents are damaged in more than {found['limit']} of their characters; "
         f"{found['mixed_line_ends']:,} mix line ends. Line ends are shown, not judged."
     )
-    return _none(note) + _table(["kind", "documents", "characters", "by source"], rows, text=[3])
+    return _none(note) + table(["kind", "documents", "characters", "by source"], rows, text=[3])
 
 
 def _forbidden(report: dict[str, Any]) -> str:
     parts = []
     if report["blocklist"]:
         parts.append(_none(f"{report['blocklist']['documents']:,} documents hold an entry of the blocklist."))
-        parts.append(_table(["entry", "documents"], report["blocklist"]["entries"].items()))
+        parts.append(table(["entry", "documents"], report["blocklist"]["entries"].items()))
     if report["hook"]:
         parts.append(
             _none(f"{report['hook']['function']} gave a reason for {report['hook']['documents']:,} documents.")
         )
-        parts.append(_table(["reason", "documents"], report["hook"]["reasons"].items()))
+        parts.append(table(["reason", "documents"], report["hook"]["reasons"].items()))
     return "".join(parts) or _none("Neither was given (--blocklist FILE, --hook module:function).")
 
 
@@ -356,7 +319,7 @@ def _bad(found: dict[str, Any]) -> str:
         return _none()
     more = found["documents"] - len(found["named"])
     rows = [[text] for text in found["named"]] + ([[f"and {more:,} more"]] if more > 0 else [])
-    return _table([f"{found['documents']:,} documents could not be read"], rows, text=[0])
+    return table([f"{found['documents']:,} documents could not be read"], rows, text=[0])
 
 
 def _filter(found: dict[str, Any] | None) -> str:
@@ -366,4 +329,4 @@ def _filter(found: dict[str, Any] | None) -> str:
         f"{found['read']:,} documents read, {found['dropped']:,} dropped, {found['kept']:,} kept "
         f"({found['kept_bytes']:,} bytes). A document may have several reasons; ledger.jsonl names each."
     )
-    return _none(note) + _table(["reason", "documents"], found["by_reason"].items())
+    return _none(note) + table(["reason", "documents"], found["by_reason"].items())

@@ -1,0 +1,31 @@
+"""A tiny model that is trained for some tens of steps, once for all tests of analyses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from analysis_cases import subject_of, train_tiny
+
+from megameta.analysis.subject import Subject
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with held-out text (text, idx: valid) and the run ``run``; its recording of analyses is on."""
+    return train_tiny(tmp_path_factory.mktemp("analysed"))
+
+
+@pytest.fixture(scope="session", params=["documents", "one text"])
+def subject(request: pytest.FixtureRequest, trained: Path) -> Subject:
+    """The model on text with document masks and restarting positions, and on text without either."""
+    whole = ["data.document_mask=false", "data.reset_positions=false"]
+    return subject_of(trained, *(whole if request.param == "one text" else ()))
