@@ -20,7 +20,7 @@ LAYERS: list[list[str]] = [
     ["tools", "cli+commands+__main__"],
     ["reproduce"],
     ["quickstart"],
-    ["tasks", "analysis"],
+    ["tasks", "analysis", "slurm"],
     ["train", "hf"],
     ["checkpoint", "parallel", "data"],
     ["config+validate"],

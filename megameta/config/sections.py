@@ -260,7 +260,7 @@ class ClusterSection(Section):
     lost_node_seconds: float = Field(30.0, ge=0)
     """Seconds of silence after which a node counts as lost and the others stop; 0: not watched."""
     step_timeout_minutes: float = Field(30.0, ge=0)
-    """Minutes without a finished step (or evaluation, or checkpoint) after which every rank prints its stack and the run
+    """Minutes without a finished step, evaluation or checkpoint after which every rank prints its stack and the run
     stops; 0: not watched."""
     slow_rank_factor: float = Field(1.3, gt=1)
     """A rank whose forward passes take this many times the median of all ranks is reported."""

@@ -1,7 +1,7 @@
 """From a launcher's environment to a Topology, and a launcher of our own for one machine.
 
 torchrun, deepspeed and ``megameta train --nproc-per-node`` set RANK, WORLD_SIZE and LOCAL_RANK; under srun the same
-comes from SLURM's variables, and the ranks meet on the first host of the step; without any of them the process is alone.
+comes from SLURM's variables, and the ranks meet on the first host of the step; without any of them a process is alone.
 """
 
 import contextlib

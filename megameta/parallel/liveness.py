@@ -110,7 +110,7 @@ class Liveness(threading.Thread):
             return False
         if not isinstance(message, dict) or message.get("token") != self._token:
             return False  # of another run
-        rank = message.get("rank")
+        rank = int(message.get("rank", -1))
         if message.get("kind") == "lost":
             self._leave(str(message.get("text")), speaks=False)
             return True
@@ -134,7 +134,9 @@ class Liveness(threading.Thread):
         text = self._message(lost, alone=not alive and len(lost) > 1)
         if speaks:
             for _ in range(3):
-                self._tell([peer for peer in self._peers.values() if peer != self._me and peer not in lost], _lost(text))
+                self._tell(
+                    [peer for peer in self._peers.values() if peer != self._me and peer not in lost], _lost(text)
+                )
         else:
             # The one that speaks comes to the same conclusion about now; its message also reaches the other ranks here.
             end = time.monotonic() + 3.0

@@ -136,7 +136,10 @@ class Monitor(threading.Thread):
         while time.monotonic() < end and len(_stacks(self._attempt.folder)) < world:
             time.sleep(0.2)
         if rank == 0:
-            said = [self._heads().get(other, f"rank {other} on {host}: said nothing") for other, host in enumerate(self._hosts)]
+            said = [
+                self._heads().get(other, f"rank {other} on {host}: said nothing")
+                for other, host in enumerate(self._hosts)
+            ]
             message = "\n  ".join(
                 [
                     f"no step, evaluation or checkpoint has ended for {minutes:g} minutes: the run is stuck and stops."
@@ -173,4 +176,3 @@ def positions(groups: Mapping[str, Any]) -> str:
         except RuntimeError:  # a backend that does not count
             parts.append(f"{name} ?")
     return ", ".join(parts) or "none yet"
-

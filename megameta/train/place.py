@@ -64,7 +64,9 @@ def open_run(config: RunConfig, topology: Topology) -> RunPlace:
     attempt = said[0]
     open_log(directory / "logs" / f"rank_{topology.rank}.log", echo=topology.is_main)
     hosts = gather_hosts(topology)
-    LOG.info("attempt %d: rank %d of %d on %s", attempt.number, topology.rank, topology.world_size, hosts[topology.rank])
+    LOG.info(
+        "attempt %d: rank %d of %d on %s", attempt.number, topology.rank, topology.world_size, hosts[topology.rank]
+    )
     if topology.is_main:
         write_records(attempt.folder, config, hosts)
     slow = SlowRanks(hosts, config.cluster.slow_rank_factor)

@@ -156,9 +156,7 @@ def look(topology: Topology, hosts: list[str], directory: Path, probe: Path) -> 
     leads = topology.local_rank == 0
     packages = {**package_versions(), "python": platform.python_version()} if leads else {}
     source = source_digest() if leads else ""
-    return Facts(
-        topology.rank, hosts[topology.rank], name, free, total, disk, seen, flops, source, packages, problem
-    )
+    return Facts(topology.rank, hosts[topology.rank], name, free, total, disk, seen, flops, source, packages, problem)
 
 
 def _appears(path: Path, seconds: float = 10.0) -> bool:
@@ -268,13 +266,21 @@ def _all_reduces(topology: Topology, hosts: list[str], limit: float) -> tuple[li
     said = _report(topology, "inside", mine, limit)
     stalled = sorted({hosts[rank] for rank, value in enumerate(said) if value is None})
     if stalled:
-        return [], 0.0, [f"node {host}: an all-reduce among its own ranks did not end within {limit:g} s" for host in stalled]
+        return (
+            [],
+            0.0,
+            [f"node {host}: an all-reduce among its own ranks did not end within {limit:g} s" for host in stalled],
+        )
     across = bandwidth(topology, len(hosts), None, limit)
     speeds = _report(topology, "across", across, limit)
     late = sorted({hosts[rank] for rank, value in enumerate(speeds) if value is None})
     if late:
         which = f"nodes {', '.join(late)}" if len(late) > 1 else f"node {late[0]}"
-        return [], 0.0, [f"{which}: an all-reduce over all nodes did not end within {limit:g} s; inside each node it did"]
+        return (
+            [],
+            0.0,
+            [f"{which}: an all-reduce over all nodes did not end within {limit:g} s; inside each node it did"],
+        )
     if own is not None:
         dist.destroy_process_group(own)
     return [float(value or 0) for value in said], min(float(value or 0) for value in speeds), []

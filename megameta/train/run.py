@@ -8,16 +8,19 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from megameta.checkpoint.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
-from megameta.errors import EXIT_FAILURE, EXIT_LOST, UserError
+from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
 from megameta.train.data import PretrainingData, RunData
+from megameta.train.display import show_log
 from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
 from megameta.train.place import RunPlace, open_run
@@ -73,6 +76,25 @@ def train(
                 print(f"rank {rank} leaves: another rank has ended{_where(error)}", file=sys.stderr, flush=True)
         _end(place)
         _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
+
+
+def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
+    """``megameta slurm check`` on one rank: the checks before the first step, and nothing else."""
+    topology: Topology | None = None
+    try:
+        config = load_run_config(path, overrides)
+        topology = _join(config)
+        if topology.is_main:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            show_log()
+        check_nodes(config, topology, gather_hosts(topology), always=True)
+        dist.barrier()
+        _leave(EXIT_OK)
+    except UserError as error:
+        if _may_speak():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _let_others_leave()
+        _leave(EXIT_FAILURE)
 
 
 def _join(config: RunConfig) -> Topology:

@@ -45,8 +45,7 @@ def _take_over(directory: Path, owner: dict[str, Any], environment: Mapping[str,
     if not is_gone(owner, environment):
         who = ", ".join(f"{key} {value}" for key, value in owner.items() if key in ("host", "pid", "job") and value)
         raise UserError(
-            f"{directory}: another run is using this directory{f' ({who})' if who else ''};"
-            " wait for it or set run.dir"
+            f"{directory}: another run is using this directory{f' ({who})' if who else ''}; wait for it or set run.dir"
         )
     try:
         attempt = claim(directory, owner["attempt"] + 1)
