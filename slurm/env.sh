@@ -21,8 +21,8 @@ export SLURM_UNBUFFEREDIO=1                        # the same, of srun
 # A failed collective brings the process down rather than let its GPU work on with garbage: torch's default, said here
 # because older scripts turn it off.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Seconds × 4 that InfiniBand repeats over a flapping link before it gives up (2^22 · 4.096 µs ≈ 17 s a try): the default
-# of 20 is short for large fabrics, and a lost link would end the run.
+# How long InfiniBand waits for an answer before it sends again: 4.096 µs · 2^22 ≈ 17 s. The default, 20, is 4 s, which a
+# link that flaps or a busy fabric may take, and then the run ends.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
 # Warnings of NCCL into a file a process, not between the lines of the log; set INFO when a job hangs at its start.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
