@@ -1,6 +1,5 @@
 """Checkpoints: tensors by canonical parameter name in safetensors, independent of the layout that wrote them."""
 
-from megameta.checkpoint.attempt import Attempt, Superseded
 from megameta.checkpoint.resume import check_resumable
 from megameta.checkpoint.save import StateEntry, StateSource, save_distributed, save_weights, write_checkpoint
 from megameta.checkpoint.store import (
@@ -15,12 +14,10 @@ from megameta.checkpoint.store import (
 from megameta.checkpoint.tensor_file import StoredTensors
 
 __all__ = [
-    "Attempt",
     "Checkpoint",
     "StateEntry",
     "StateSource",
     "StoredTensors",
-    "Superseded",
     "TrainerState",
     "check_resumable",
     "find_checkpoint",

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megameta.checkpoint.attempt import Attempt, Superseded
+from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint.manifest import CONFIG, KINDS, MANIFEST, TRAINER, Manifest, tensor_file_name
 from megameta.checkpoint.ranks import Alone, Ranks, exchange, from_main
 from megameta.checkpoint.store import TrainerState

@@ -126,14 +126,6 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return directory / _read_latest(directory) if (directory / LATEST).exists() else None
 
 
-def saved_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint, 0 without one; the checkpoint itself is not opened."""
-    try:
-        return int((run_dir / "checkpoints" / LATEST).read_text(encoding="utf-8").strip().rpartition("_")[2])
-    except (OSError, ValueError):
-        return 0
-
-
 def _read_latest(directory: Path) -> str:
     pointer = directory / LATEST
     try:

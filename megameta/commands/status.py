@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megameta.checkpoint.attempt import how_it_ended, newest_attempt
-from megameta.checkpoint.store import saved_step
+from megameta.attempt import how_it_ended, newest_attempt, saved_step
 from megameta.errors import EXIT_OK, UserError
 from megameta.parallel.slurm import job_state
 from megameta.train.display import duration

@@ -70,9 +70,13 @@ class Liveness(threading.Thread):
 
     def run(self) -> None:
         """Beat and listen until ``close`` or a loss."""
-        next_beat = time.monotonic()
+        next_beat = looked = time.monotonic()
         while not self._closing.is_set():
             now = time.monotonic()
+            if now - looked > 0.3 * self._limit:
+                # This thread did not run (a stopped process, Python's lock held): the others' silence is its own.
+                self._heard = dict.fromkeys(self._heard, now)
+            looked = now
             if now >= next_beat:
                 next_beat = now + self._interval
                 if self._me.local_rank == 0:

@@ -32,6 +32,8 @@ def expand_hosts(text: str) -> list[str]:
         UserError: not a list of hosts.
     """
     hosts: list[str] = []
+    if not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]*\])*", text):
+        raise UserError(f"{text!r} is not a list of hosts as SLURM writes it")
     # Split at commas outside brackets.
     for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         hosts += _expand_word(word)

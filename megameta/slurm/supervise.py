@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megameta.checkpoint.attempt import how_it_ended, newest_attempt
-from megameta.checkpoint.store import saved_step
+from megameta.attempt import how_it_ended, newest_attempt, saved_step
 from megameta.errors import UserError
 from megameta.parallel.slurm import ask, expand_hosts, job_state
 from megameta.slurm.decide import Action, Decision, Ended, decide

@@ -38,7 +38,7 @@ class SlowRanks:
     def slowest(self) -> dict[str, Any] | None:
         """The slowest rank by its median, with its host and how many times the median rank it takes; None so far."""
         steps = [step for step in list(self._steps) if len(step) == len(self._hosts) and min(step) > 0]
-        if len(steps) < 3 or len(self._hosts) < 2:
+        if len(steps) < 10 or len(self._hosts) < 2:
             return None
         medians = [statistics.median(ranks) for ranks in zip(*steps)]
         rank = max(range(len(medians)), key=medians.__getitem__)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint import (
-    Attempt,
     Checkpoint,
-    Superseded,
     TrainerState,
     check_resumable,
     latest_checkpoint,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megameta.checkpoint.attempt import Attempt
+from megameta.attempt import Attempt
 from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.files import write_text_atomically

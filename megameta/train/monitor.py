@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megameta.checkpoint.attempt import STUCK, SUPERSEDED, Attempt, Superseded
+from megameta.attempt import STUCK, SUPERSEDED, Attempt, Superseded
 from megameta.errors import EXIT_LOST
 from megameta.parallel.topology import Topology
 from megameta.train.display import LOG

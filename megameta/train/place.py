@@ -8,7 +8,7 @@ from typing import IO
 
 import torch.distributed as dist
 
-from megameta.checkpoint.attempt import LOST, Attempt
+from megameta.attempt import LOST, Attempt
 from megameta.config import RunConfig
 from megameta.errors import EXIT_LOST, UserError
 from megameta.parallel.liveness import Liveness, gather_hosts, watch_nodes

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megameta.checkpoint.attempt import MISTAKE, SUPERSEDED, Superseded
+from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
 from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device

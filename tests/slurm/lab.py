@@ -1,4 +1,4 @@
-"""A SLURM cluster on this machine for tests: munge, slurmctld and several slurmd in namespaces of their own (lab.sh)."""
+"""A SLURM cluster on this machine: munge, slurmctld and several slurmd in namespaces of their own (lab.sh)."""
 
 import os
 import re
@@ -84,7 +84,13 @@ class Lab:
         """Run a command on the controller's node."""
         words = [str(HERE / "lab.sh"), "exec", *command]
         done = subprocess.run(
-            words, env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=cwd, stdin=subprocess.DEVNULL
+            words,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout

@@ -16,20 +16,20 @@ from test_resume_exact import hashes, records
 from test_run import last_step, latest_step
 from train_cases import tiny_values, write_corpus
 
-from megameta.checkpoint.attempt import how_it_ended, newest_attempt
+from megameta.attempt import how_it_ended, newest_attempt
 from megameta.commands.status import run_status
 
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
 
 #: Long enough to be caught in the middle, on a busy machine too.
-STEPS, INTERVAL = 400, 20
+STEPS, INTERVAL = 200, 20
 #: Seconds for a start of two ranks on a machine that does other things.
-PATIENCE = 240
+PATIENCE = 600
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def place(tmp_path_factory):
         train__peak_tflops=1.0,
         checkpoint__interval=INTERVAL,
         log__interval=50,
-        cluster__lost_node_seconds=5,
+        cluster__lost_node_seconds=15,
         cluster__preflight_seconds=60,
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
@@ -100,7 +100,12 @@ def test_what_a_job_leaves(whole):
     said = (logs / "rank_0.log").read_text()
     assert "all-reduce over 2 ranks on 2 nodes" in said and "\nnode" in said.replace(" node ", "\nnode ")
     status = run_status(whole, 0.0)
-    assert (status["state"], status["step"], status["saved_step"], status["hosts"]) == ("done", STEPS, STEPS, ["n1", "n2"])
+    assert (status["state"], status["step"], status["saved_step"], status["hosts"]) == (
+        "done",
+        STEPS,
+        STEPS,
+        ["n1", "n2"],
+    )
     assert status["slowest_rank"]["host"] in ("n1", "n2")
 
 
@@ -162,23 +167,25 @@ def test_a_node_without_power_is_named_and_the_rest_goes_on(lab, place, whole):
 def test_a_stale_attempt_writes_nothing_more(lab, place):
     """The node is cut off and goes on training; SLURM starts the job again elsewhere."""
     run = place / "stale"
-    job = submit(lab, place, "stale", "train.num_steps=3000", "--sbatch", "nodelist=n1", nodes=1)
+    job = submit(lab, place, "stale", "train.num_steps=3000", nodes=1)
     wait_for_step(lab, run, 30)
-    lab.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
-    lab.script("unplug", "n1")
+    node = lab.job(job)["NodeList"]
+    lab.script("unplug", node)
     try:
         lab.wait(lambda: newest_attempt(run).number == 2, timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
         first = run / "logs" / "attempt_0001"
-        ended = lab.wait(lambda: (first / "end.json").exists() and json.loads((first / "end.json").read_text()), timeout=30)
+        ended = lab.wait(
+            lambda: (first / "end.json").exists() and json.loads((first / "end.json").read_text()), timeout=30
+        )
         assert ended["kind"] == "superseded" and "attempt 2 has started" in ended["message"]
         saved = latest_step(run)
         wait_for_step(lab, run, saved + 30)
-        lab.script("replug", "n1")
+        lab.script("replug", node)
         lab.run("scancel", "--batch", "--signal=USR1", job)
         lab.wait(lambda: run_status(run, 0.0)["state"] == "stopped", timeout=60, why=lambda: read_logs(run / "logs"))
         lab.run("scancel", job)
     finally:
-        lab.script("replug", "n1")
+        lab.script("replug", node)
     steps = steps_of(run)
     assert steps == list(range(1, steps[-1] + 1)), "no line of the stale attempt, none twice"
     assert latest_step(run) == steps[-1]

@@ -100,5 +100,13 @@ def how_it_ended(attempt: Attempt) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def saved_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint, 0 without one; the checkpoint itself is not opened."""
+    try:
+        return int((run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip().rpartition("_")[2])
+    except (OSError, ValueError):
+        return 0
+
+
 def _folder(logs: Path, number: int) -> Path:
     return logs / f"attempt_{number:04d}"
