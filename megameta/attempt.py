@@ -85,10 +85,15 @@ def newest_number(run_dir: Path) -> int:
     return max((int(match.group(1)) for name in names if (match := _NAME.fullmatch(name))), default=0)
 
 
+def attempt(run_dir: Path, number: int) -> Attempt:
+    """An attempt by its number, whether it is there or not."""
+    return Attempt(number, _folder(run_dir / "logs", number))
+
+
 def newest_attempt(run_dir: Path) -> Attempt | None:
     """The newest attempt of a run."""
     number = newest_number(run_dir)
-    return Attempt(number, _folder(run_dir / "logs", number)) if number else None
+    return attempt(run_dir, number) if number else None
 
 
 def how_it_ended(attempt: Attempt) -> dict[str, Any] | None:

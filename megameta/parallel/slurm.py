@@ -86,11 +86,14 @@ def ask(*command: str, timeout: float = 60.0) -> str | None:
     """Output of one of SLURM's commands; None where it fails or does not answer."""
     if shutil.which(command[0]) is None:
         return None
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout if answer.returncode == 0 else None
+    for _ in range(3):
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if answer.returncode >= 0:  # else ended by a signal: scontrol was seen to die of SIGPIPE under load
+            return answer.stdout if answer.returncode == 0 else None
+    return None
 
 
 def job_state(job: str) -> str | None:

@@ -39,6 +39,8 @@ class Ended:
     """Exit code of srun: the highest of its tasks', 128 + n for a signal."""
     state: str | None
     """The job's state, as squeue says; None where the controller does not answer."""
+    stale: bool = False
+    """Whether the controller has started the job again since: this process is left over from a lost node."""
     kind: str | None = None
     """What the attempt recorded: mistake, lost, stuck, superseded; None where it said nothing."""
     failures: int = 0
@@ -64,6 +66,8 @@ class Decision:
 def decide(ended: Ended) -> Decision:
     """The decision; the first rule that fits."""
     code = ended.code
+    if ended.stale:
+        return Decision(Action.LEAVE, "the job runs elsewhere by now, and this is what was left of it", code)
     if code == EXIT_OK:
         return Decision(Action.FINISH, "the run is done", EXIT_OK)
     if ended.state is not None and ended.state != "RUNNING":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megameta.attempt import how_it_ended, newest_attempt, saved_step
+from megameta.attempt import attempt, how_it_ended, newest_number, saved_step
 from megameta.errors import UserError
 from megameta.parallel.slurm import ask, expand_hosts, job_state
 from megameta.slurm.decide import Action, Decision, Ended, decide
@@ -36,19 +36,20 @@ def run_job(run_dir: Path, command: Sequence[str], *, chain: bool) -> int:
         raise UserError("megameta slurm run belongs into a batch script: sbatch slurm/pretrain.sbatch CONFIG")
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     say(f"job {job}, restart {restart}, nodes {os.environ.get('SLURM_JOB_NODELIST')}")
-    saved_before, attempt_before = saved_step(run_dir), newest_attempt(run_dir)
+    saved_before, own = saved_step(run_dir), newest_number(run_dir) + 1
     code = _run_ranks(command)
-    attempt = newest_attempt(run_dir)
-    end = how_it_ended(attempt) if attempt is not None and attempt != attempt_before else None
+    end = how_it_ended(attempt(run_dir, own))  # not the newest: this may be a stale process, and that another job's
     if end is not None:
-        say(f"attempt {attempt.number if attempt else 0}: {end.get('message')}")
+        say(f"attempt {own}: {end.get('message')}")
+    shown = _show_job(job)
     ended = Ended(
         code=code,
+        stale=shown.get("Restarts", restart) != restart,
         state=job_state(job),
         kind=end.get("kind") if end is not None else None,
         failures=failures_in_a_row(read_ledger(run_dir), saved_step(run_dir)),
         chain=chain,
-        requeues=_may_requeue(job),
+        requeues=shown.get("Requeue") != "0",
     )
     decision = decide(ended)
     record = {"job": job, "restart": restart, "code": code, "state": ended.state, "kind": ended.kind}
@@ -126,9 +127,10 @@ def _append(run_dir: Path, record: dict[str, Any]) -> None:
 # --- what to do -----------------------------------------------------------------------------------------------------
 
 
-def _may_requeue(job: str) -> bool:
-    shown = ask("scontrol", "show", "job", job) or ""
-    return "Requeue=0" not in shown.split()
+def _show_job(job: str) -> dict[str, str]:
+    """Fields of a job; none where the controller does not answer."""
+    words = (ask("scontrol", "--oneliner", "show", "job", job) or "").split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def _carry_out(decision: Decision, job: str) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,15 +84,11 @@ class Lab:
     def run(self, *command: str, cwd: Path | None = None, timeout: float = 120) -> str:
         """Run a command on the controller's node."""
         words = [str(HERE / "lab.sh"), "exec", *command]
-        done = subprocess.run(
-            words,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-        )
+        options = {"env": self.environment, "cwd": cwd, "stdin": subprocess.DEVNULL}
+        for _ in range(3):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)
+            if done.returncode != -signal.SIGPIPE:  # scontrol was seen to die of it on a busy machine
+                break
         assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 

@@ -18,21 +18,23 @@ RUNNING = "RUNNING"
         (Ended(75, RUNNING, failures=9), Action.REQUEUE),  # saved: no failure
         (Ended(75, RUNNING, chain=True), Action.LEAVE),
         (Ended(75, RUNNING, requeues=False), Action.LEAVE),
+        # A batch script on a node that was cut off: whatever happened there, the job is another's by now.
+        *((Ended(code, RUNNING, stale=True), Action.LEAVE) for code in (0, 1, 75, 76, 143)),
         # scancel: the ranks save and exit 75, or are killed; the job must stay down.
         (Ended(75, "COMPLETING"), Action.LEAVE),
         (Ended(75, "CANCELLED"), Action.LEAVE),
         (Ended(75, ""), Action.LEAVE),
         (Ended(143, "COMPLETING"), Action.LEAVE),
         (Ended(137, "COMPLETING"), Action.LEAVE),
-        (Ended(76, "COMPLETING", "lost"), Action.LEAVE),  # SLURM has requeued it already
-        (Ended(76, RUNNING, "lost"), Action.WAIT),
-        (Ended(143, RUNNING, "lost"), Action.WAIT),  # srun's code is the highest of its tasks'
-        (Ended(76, RUNNING, "lost", failures=MAX_FAILURES - 1), Action.GIVE_UP),
-        (Ended(76, RUNNING, "stuck"), Action.REQUEUE),
-        (Ended(76, RUNNING, "superseded"), Action.LEAVE),
-        (Ended(76, None, "superseded"), Action.LEAVE),
-        (Ended(1, RUNNING, "mistake"), Action.GIVE_UP),
-        (Ended(143, RUNNING, "mistake"), Action.GIVE_UP),
+        (Ended(76, "COMPLETING", kind="lost"), Action.LEAVE),  # SLURM has requeued it already
+        (Ended(76, RUNNING, kind="lost"), Action.WAIT),
+        (Ended(143, RUNNING, kind="lost"), Action.WAIT),  # srun's code is the highest of its tasks'
+        (Ended(76, RUNNING, kind="lost", failures=MAX_FAILURES - 1), Action.GIVE_UP),
+        (Ended(76, RUNNING, kind="stuck"), Action.REQUEUE),
+        (Ended(76, RUNNING, kind="superseded"), Action.LEAVE),
+        (Ended(76, None, kind="superseded"), Action.LEAVE),
+        (Ended(1, RUNNING, kind="mistake"), Action.GIVE_UP),
+        (Ended(143, RUNNING, kind="mistake"), Action.GIVE_UP),
         (Ended(2, RUNNING), Action.GIVE_UP),
         (Ended(137, RUNNING), Action.REQUEUE),
         (Ended(1, RUNNING), Action.REQUEUE),
@@ -46,6 +48,9 @@ def test_decisions(ended, action):
     decision = decide(ended)
     assert decision.action is action
     assert decision.reason and (decision.code == 0) == (ended.code == 0)
+    if ended.stale:
+        assert not decision.is_failure
+        return
     assert decision.is_failure == (
         ended.state in (RUNNING, None) and ended.code not in (0, 75) and ended.kind != "superseded"
     )

@@ -188,7 +188,10 @@ def test_a_stale_attempt_writes_nothing_more(lab, place):
         lab.script("replug", node)
         lab.run("scancel", "--batch", "--signal=USR1", job)
         lab.wait(lambda: run_status(run, 0.0)["state"] == "stopped", timeout=60, why=lambda: read_logs(run / "logs"))
+        lab.wait(lambda: any(line["action"] == "requeue" for line in ledger(run)), timeout=60)
         lab.run("scancel", job)
+        # The first batch script is still there on the node that came back: it must not touch the job of the second.
+        assert [line["restart"] for line in ledger(run) if line["action"] == "requeue"] == ["1"]
     finally:
         lab.script("replug", node)
     steps = steps_of(run)

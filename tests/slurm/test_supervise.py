@@ -23,12 +23,17 @@ def cluster(tmp_path):
     folder.mkdir()
     asked = tmp_path / "asked"
     answers = {"squeue": 'case "$*" in *--name=*) echo "7 8 42";; *) cat "$HERE/state";; esac'}
-    answers |= {"scontrol": 'case "$1" in show) echo "Requeue=1";; esac', "scancel": ":", "sinfo": "echo n2 down*"}
+    answers |= {
+        "scontrol": 'case "$1" in show) echo "JobId=42 Requeue=1 Restarts=$(cat $HERE/restarts)";; esac',
+        "scancel": ":",
+        "sinfo": "echo n2 down*",
+    }
     for name, body in answers.items():
         path = folder / name
         path.write_text(f'#!/bin/bash\nHERE={tmp_path}\necho "{name} $*" >> {asked}\n{body}\n')
         path.chmod(0o755)
     (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "restarts").write_text("0\n")
     asked.touch()
     return tmp_path
 
@@ -114,6 +119,23 @@ def test_an_end_of_a_former_attempt_says_nothing_about_this_one(cluster):
     claim(cluster / "run").note_end("mistake", "of an attempt before this job")
     assert start(cluster, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)").wait(60) == 137
     assert asked(cluster, "scontrol requeue") and "before this job" not in (cluster / "said").read_text()
+
+
+def test_what_is_left_on_a_lost_node_touches_nothing(cluster):
+    """Its node is back, the job runs elsewhere, and a newer attempt has ended for a reason of its own."""
+    (cluster / "restarts").write_text("1\n")
+    body = f"""
+        import sys
+        from pathlib import Path
+        from megameta.attempt import claim
+        claim(Path({str(cluster / "run")!r})).note_end("superseded", "attempt 2 has started")
+        claim(Path({str(cluster / "run")!r})).note_end("lost", "node n3 is gone")
+        sys.exit(76)
+        """
+    assert start(cluster, body).wait(60) == 76
+    assert not asked(cluster, "scontrol requeue") and not asked(cluster, "scancel")
+    assert "attempt 1: attempt 2 has started" in (cluster / "said").read_text()
+    assert "n3" not in (cluster / "said").read_text()
 
 
 def test_failures_end(cluster):
