@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from megameta import __version__
+from megameta.commands.parsers.cluster import add_cluster
 from megameta.commands.parsers.configuration import add_config
 from megameta.commands.parsers.experiments import add_experiments
 from megameta.commands.parsers.models import add_models
@@ -17,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megameta", description="Pre-train language models with learned meta-tokens.")
     parser.add_argument("--version", action="version", version=f"megameta {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_runs, add_models, add_tokenizer, add_experiments, add_config):
+    for add in (add_runs, add_models, add_tokenizer, add_experiments, add_cluster, add_config):
         add(commands)
     return parser
 

@@ -9,6 +9,9 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 #: The run was asked to stop (SIGTERM, SIGUSR1), saved a checkpoint, and goes on when started again. EX_TEMPFAIL.
 EXIT_INTERRUPTED = 75
+#: A node was lost, the run hung, or a newer attempt has the run directory: nothing is wrong with the run itself, and
+#: started again it goes on from its last checkpoint. EX_PROTOCOL.
+EXIT_LOST = 76
 
 
 class UserError(Exception):

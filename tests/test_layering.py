@@ -20,7 +20,7 @@ LAYERS: list[list[str]] = [
     ["tools", "cli+commands+__main__"],
     ["reproduce"],
     ["quickstart"],
-    ["tasks", "analysis"],
+    ["tasks", "analysis", "slurm"],
     ["train", "hf"],
     ["checkpoint", "parallel", "data"],
     ["config+validate"],
@@ -29,7 +29,7 @@ LAYERS: list[list[str]] = [
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for part in layer for name in part.split("+")}
 PART = {name: part for layer in LAYERS for part in layer for name in part.split("+")}
 #: May be imported by every part but model, and import no part themselves.
-SHARED = {"errors", "files", "html", "__init__"}
+SHARED = {"errors", "files", "html", "attempt", "__init__"}
 #: What model/ may import besides the standard library; flash_attn only inside a function, where it is installed.
 MODEL_NEEDS = {"torch", "flash_attn"}
 

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "model.attention_backend",
     "parallel.*",
     "checkpoint.*",
+    "cluster.*",
     "eval.*",
     "analysis.*",
     "finetune.directory",

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint.manifest import CONFIG, KINDS, MANIFEST, TRAINER, Manifest, tensor_file_name
 from megameta.checkpoint.ranks import Alone, Ranks, exchange, from_main
 from megameta.checkpoint.store import TrainerState
@@ -55,19 +56,29 @@ class StateSource(Protocol):
 
 
 def save_distributed(
-    path: Path, config: RunConfig, source: StateSource, trainer: TrainerState | None, topology: Ranks
+    path: Path,
+    config: RunConfig,
+    source: StateSource,
+    trainer: TrainerState | None,
+    topology: Ranks,
+    attempt: Attempt | None = None,
 ) -> None:
     """Write a checkpoint directory, whole or not at all; one of the same name is replaced.
 
     Collective over all ranks of torch.distributed's default group (a lone process needs none). A rank whose disk fails
     goes on gathering for the others. No more than one gathered tensor is kept at a time.
 
+    Args:
+        attempt: of the run; files are written in a directory of its own and renamed only while it is the newest.
+
     Raises:
         UserError: the same on every rank, with the rank and the file that failed. Nothing is left behind, and a
             checkpoint that had the name before still has it.
+        Superseded: on every rank, where the attempt is not the newest any more.
         ValueError: on every rank, where two ranks own a tensor of the same name.
     """
-    work = path.with_name(f".{path.name}.writing")
+    tag = f".{attempt.number}" if attempt is not None else ""
+    work = path.with_name(f".{path.name}{tag}.writing")
     try:
         owner = _prepare(work, path, source, topology)
         share = _Share(work, source.entries, owner, topology.rank)
@@ -75,11 +86,18 @@ def save_distributed(
             share.put(entry, source.gather(entry))
         shares = exchange(share.finish(), topology)
         failures = [failure for *_, failure in shares]
+        superseded: str | None = None
         if topology.rank == 0 and not any(failures):
-            failures = [_complete(work, path, config, trainer, shares)]
-        if topology.rank == 0 and any(failures):
+            try:
+                failures = [_complete(work, path, config, trainer, shares, attempt)]
+            except Superseded as error:
+                superseded = str(error)
+        if topology.rank == 0 and (superseded or any(failures)):
             shutil.rmtree(work, ignore_errors=True)  # before the others go on
-        _raise_first(path, from_main(failures, topology))
+        failures, superseded = from_main((failures, superseded), topology)
+        if superseded is not None:
+            raise Superseded(superseded)
+        _raise_first(path, failures)
     except BaseException:
         if topology.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -202,7 +220,12 @@ class _Share:
 
 
 def _complete(
-    work: Path, path: Path, config: RunConfig, trainer: TrainerState | None, shares: Sequence[tuple]
+    work: Path,
+    path: Path,
+    config: RunConfig,
+    trainer: TrainerState | None,
+    shares: Sequence[tuple],
+    attempt: Attempt | None,
 ) -> str | None:
     """Write the small files and give the directory its name; what failed, if something did."""
     files: dict[str, tuple[int, str]] = {}
@@ -219,6 +242,8 @@ def _complete(
         files[CONFIG] = write_synced(work / CONFIG, config.to_yaml())
         write_synced(work / MANIFEST, Manifest(dict(sorted(files.items())), counts).render())
         sync(work)
+        if attempt is not None:
+            attempt.check()
         replace_directory(work, path)
     except OSError as error:
         return str(error)

@@ -255,6 +255,26 @@ class LogSection(Section):
     """Steps between printed lines where there is no terminal, and between TensorBoard points."""
 
 
+class ClusterSection(Section):
+    """Many machines: checks before the first step, and what is watched while the run is under way."""
+
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Check every node before the first step, as `megameta slurm check` does. auto: where there is more than one."""
+    preflight_seconds: float = Field(120.0, gt=0)
+    """Seconds that each of these checks may take."""
+    min_free_gpu_memory: float = Field(0.9, ge=0, le=1)
+    """Share of every GPU's memory that must be free before the first step."""
+    min_all_reduce_gbps: float = Field(0.0, ge=0)
+    """Bandwidth in GB/s below which the all-reduce over all ranks is refused before the first step; 0: any will do."""
+    lost_node_seconds: float = Field(30.0, ge=0)
+    """Seconds of silence after which a node counts as lost and the others stop; 0: not watched."""
+    step_timeout_minutes: float = Field(30.0, ge=0)
+    """Minutes without a finished step, evaluation or checkpoint after which every rank prints its stack and the run
+    stops; 0: not watched."""
+    slow_rank_factor: float = Field(1.3, gt=1)
+    """A rank whose forward passes take this many times the median of all ranks is reported."""
+
+
 class RunConfig(Section):
     """Everything that a run depends on."""
 
@@ -270,6 +290,7 @@ class RunConfig(Section):
     finetune: FinetuneSection = FinetuneSection()
     init: InitSection = InitSection()
     log: LogSection = LogSection()
+    cluster: ClusterSection = ClusterSection()
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed; may not contradict what is derived from the other sections."""
 

@@ -1,25 +1,30 @@
 """From a launcher's environment to a Topology, and a launcher of our own for one machine.
 
 torchrun, deepspeed and ``megameta train --nproc-per-node`` set RANK, WORLD_SIZE and LOCAL_RANK; under srun the same
-comes from SLURM's variables; without any of them the process is alone.
+comes from SLURM's variables, and the ranks meet on the first host of the step; without any of them a process is alone.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megameta.errors import UserError
+from megameta.parallel.slurm import expand_hosts, host_name, in_step, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 
 #: Seconds that the other ranks get to end by themselves once one has failed.
 GRACE_SECONDS = 20.0
+#: Seconds in which all ranks of an srun step must have come: python starts slowly from a shared file system.
+MEETING_SECONDS = 600.0
 
 
 def pick_device(wanted: str) -> str:
@@ -37,7 +42,7 @@ def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int, in
         UserError: half-set variables, or values that are not numbers.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in environment and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+    if "RANK" not in environment and in_step(environment):
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     elif "RANK" not in environment:
         return 0, 1, 0
@@ -62,7 +67,10 @@ def make_topology(
             on this machine than it has GPUs.
     """
     rank, size, local = ranks_from_environment(environment)
-    if device == "cuda" and local >= torch.cuda.device_count():
+    number = local
+    if device == "cuda" and torch.cuda.device_count() == 1 and one_device_each(environment):
+        number = 0
+    if device == "cuda" and number >= torch.cuda.device_count():
         raise UserError(
             f"rank {rank} is number {local} on its machine, which has {torch.cuda.device_count()} GPU(s);"
             " start as many processes as there are GPUs"
@@ -77,24 +85,87 @@ def make_topology(
         world_size=size,
         rank=rank,
         local_rank=local,
-        device=f"cuda:{local}" if device == "cuda" else "cpu",
+        device=f"cuda:{number}" if device == "cuda" else "cpu",
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
     )
 
 
-def initialize_process_group(topology: Topology) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one."""
-    os.environ.setdefault("RANK", str(topology.rank))
-    os.environ.setdefault("WORLD_SIZE", str(topology.world_size))
-    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
-    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+def initialize_process_group(topology: Topology, timeout: timedelta | None = None) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one.
+
+    Args:
+        timeout: of collectives; torch's own where there is none.
+    """
+    srun = in_step(os.environ) and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ
+    set_rendezvous(topology, os.environ)
+    if srun and topology.world_size > 1:
+        _meet(topology)
     if topology.device_type == "cuda":
         torch.cuda.set_device(topology.device)
-        dist.init_process_group("nccl", device_id=torch.device(topology.device))
+        dist.init_process_group("nccl", device_id=torch.device(topology.device), timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def _meet(topology: Topology, seconds: float = MEETING_SECONDS) -> None:
+    """Wait for every rank of an srun step with names at hand: torch's own meeting says only how many came.
+
+    Raises:
+        UserError: ranks are missing; their nodes are named.
+    """
+    here, address = host_name(), os.environ["MASTER_ADDR"]
+    port, size = int(os.environ["MASTER_PORT"]) + 1, topology.world_size
+    limit = timedelta(seconds=seconds)
+    try:
+        store = dist.TCPStore(address, port, size, topology.is_main, limit, wait_for_workers=False)
+        store.set(f"here/{topology.rank}", here)
+        if topology.is_main:
+            store.set("missing", _missing(store, size, time.monotonic() + seconds))
+        missing = store.get("missing").decode()
+        store.add("left", 1)
+        while topology.is_main and store.add("left", 0) < size and not missing:
+            time.sleep(0.02)  # its store goes with it
+    except (RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {topology.rank} on {here} does not reach rank 0 at {address}:{port} ({why}): is node {address} up,"
+            " and may nodes of a job open connections to each other?"
+        ) from error
+    if missing:
+        raise UserError(missing)
+
+
+def _missing(store: dist.Store, size: int, end: float) -> str:
+    """What to say where ranks have not come in time; "" where all have."""
+    came: dict[int, str] = {}
+    for rank in range(size):
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"here/{rank}"], timedelta(seconds=max(0.05, end - time.monotonic())))
+            came[rank] = store.get(f"here/{rank}").decode()
+    late = [rank for rank in range(size) if rank not in came]
+    if not late:
+        return ""
+    hosts = expand_hosts(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+    silent = [host for host in hosts if host not in came.values()]
+    names = f"nodes from which none came: {', '.join(silent)}" if silent else "some have come from every node"
+    return f"{len(late)} of {size} ranks have not come, the first of them rank {late[0]}; {names}"
+
+
+def set_rendezvous(topology: Topology, environment: MutableMapping[str, str]) -> None:
+    """Complete the variables by which torch.distributed finds the other ranks; what a launcher has set stays."""
+    under_srun = in_step(environment) and "RANK" not in environment
+    environment.setdefault("RANK", str(topology.rank))
+    environment.setdefault("WORLD_SIZE", str(topology.world_size))
+    environment.setdefault("LOCAL_RANK", str(topology.local_rank))
+    if "MASTER_ADDR" in environment:
+        return
+    if topology.world_size == 1:
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    elif under_srun:
+        address, port = rendezvous(environment)
+        environment["MASTER_ADDR"] = address
+        environment.setdefault("MASTER_PORT", str(port))
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ class Topology:
     rank: int = 0
     local_rank: int = 0
     device: str = "cpu"
-    """"cpu", or "cuda:N" with N the local rank."""
+    """"cpu", or "cuda:N" with N the local rank (0 where each process sees a GPU of its own)."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
 

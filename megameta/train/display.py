@@ -33,6 +33,14 @@ def open_log(path: Path, *, echo: bool) -> None:
         LOG.addHandler(_Terminal())
 
 
+def show_log() -> None:
+    """Send the log to the terminal alone."""
+    close_log()
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    LOG.addHandler(_Terminal())
+
+
 def close_log() -> None:
     """Close the log's files."""
     for handler in list(LOG.handlers):

@@ -1,5 +1,6 @@
 """DeepSpeed behind one small interface: a step over micro-batches, an evaluation pass, and state by canonical name."""
 
+import contextlib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train.deepspeed_config import deepspeed_config
+from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
 from megameta.train.optimizer import make_optimizer
 from megameta.train.setup import build_part
@@ -97,6 +99,9 @@ class Engine:
         self.model = model
         self.state = EngineState(self.engine, self.optimizer, model, config.model, topology, self.groups.tensor)
         self._scales_loss = config.train.precision == "fp16"
+        self._timer = ForwardTimer(topology.device)
+        self.forward_seconds: list[float] = []
+        """Of the last step's first micro-batch, by rank (on GPUs of the step before); 0 where it is not measured."""
         self.state.restore_masters(exact)
         self.state.make_moments()
 
@@ -146,7 +151,8 @@ class Engine:
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for number, batch in enumerate(batches, 1):
-            loss_sum = self.engine(batch.to(self.topology.device))
+            with self._timer if number == 1 else contextlib.nullcontext():
+                loss_sum = self.engine(batch.to(self.topology.device))
             total += loss_sum.detach()
             self.engine.backward(loss_sum * scale)
             if number < len(batches):
@@ -157,7 +163,10 @@ class Engine:
         self.engine.step()
 
     def _finite_mean(self, total: Tensor, num_targets: int, batches: Sequence[Batch]) -> float:
-        per_rank = self._gather(total)
+        # The forward times travel with the losses: no collective and no wait of their own.
+        both = self._gather(torch.stack([total, total.new_tensor(self._timer.seconds)]))
+        self._timer.read()
+        per_rank, self.forward_seconds = both[::2], both[1::2]
         bad = [rank for rank, value in enumerate(per_rank) if not math.isfinite(value)]
         if bad:
             samples: list[Any] = [None] * self.topology.world_size
@@ -217,11 +226,12 @@ class Engine:
         return [value // self.topology.model_parallel_size for value in self._sum(values)]
 
     def _gather(self, value: Tensor) -> list[float]:
-        """One float64 a rank, in rank order, so that its sum does not depend on how a reduction is done."""
+        """Float64s of every rank, in rank order, so that their sum does not depend on how a reduction is done."""
+        value = value.reshape(-1)
         if self.topology.world_size == 1:
-            return [float(value)]
-        values = value.new_empty(self.topology.world_size)
-        dist.all_gather_into_tensor(values, value.reshape(1))
+            return value.tolist()
+        values = value.new_empty(self.topology.world_size * value.numel())
+        dist.all_gather_into_tensor(values, value)
         return values.tolist()
 
     def any_rank(self, flag: bool) -> bool:

@@ -1,19 +1,18 @@
 """The training run: steps, evaluations, checkpoints, and an exact resume."""
 
-import fcntl
 import math
-import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -32,13 +31,16 @@ from megameta.files import write_text_atomically
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
-from megameta.train.display import LOG, StepDisplay, close_log, duration, open_log
+from megameta.train.display import LOG, StepDisplay, duration
 from megameta.train.engine import NonFiniteGradient
+from megameta.train.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
 from megameta.train.pipeline_engine import make_engine
+from megameta.train.place import RunPlace, open_run
 from megameta.train.replicas import check_replicas
 from megameta.train.schedule import learning_rate
 from megameta.train.setup import initial_weights
+from megameta.train.stop import StopRequest
 
 
 class Trainer:
@@ -50,12 +52,16 @@ class Trainer:
         topology: Topology,
         make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
         make_probe: MakeProbe | None = None,
+        place: RunPlace | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
         self.directory = Path(config.run.dir)
         self.checkpoints = self.directory / "checkpoints"
-        self._lock = self._open_directory()
+        self._owns_place = place is None
+        self.place = place if place is not None else open_run(config, topology)
+        self.stop = stop if stop is not None else StopRequest()
         checkpoint = self._find_checkpoint()
         self.data = make_data(config, topology)
         self.loader = self.data.loader()
@@ -69,30 +75,15 @@ class Trainer:
             self.state = checkpoint.trainer()
             self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
-        self._stop_requested = False
+        self.place.monitor.groups = {
+            "world": dist.group.WORLD,
+            "data": self.engine.groups.data,
+            "tensor": self.engine.groups.layers.group,
+        }
         self._describe(checkpoint)
         self._open_records()
 
     # --- start ------------------------------------------------------------------------------------------------------
-
-    def _open_directory(self) -> IO[str] | None:
-        """Make the run directory and hold its lock: two runs in one directory would destroy each other's files."""
-        lock: IO[str] | None = None
-        taken = False
-        if self.topology.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = (self.directory / ".lock").open("a", encoding="utf-8")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                taken = True
-        verdict = [taken]
-        dist.broadcast_object_list(verdict)
-        if verdict[0]:
-            raise UserError(f"{self.directory}: another run is using this directory; wait for it or set run.dir")
-        rank = self.topology.rank
-        open_log(self.directory / "logs" / f"rank_{rank}.log", echo=self.topology.is_main)
-        return lock
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from. Rank 0's look at the directory counts for all."""
@@ -123,6 +114,8 @@ class Trainer:
             LOG.info("%s", line)
         if checkpoint:
             LOG.info("going on from %s", checkpoint.path)
+        if (heartbeat := self.place.monitor.heartbeat) is not None:
+            heartbeat.step = heartbeat.saved_step = self.state.step
 
     def _open_records(self) -> None:
         self.metrics: MetricsFile | None = None
@@ -132,7 +125,7 @@ class Trainer:
             return
         config = self.config
         write_text_atomically(self.directory / "config.yaml", config.to_yaml())
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step)
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step, self.place.attempt)
         if config.log.tensorboard:
             self.tensorboard = TensorBoard(self.directory / "tensorboard", self.state.step)
 
@@ -140,18 +133,20 @@ class Trainer:
 
     def run(self) -> int:
         """Train to train.num_steps; returns an exit code of ``megameta.errors``."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request_stop)
+        self.stop.listen()
+        phase = FAILED
         try:
             if self.state.step >= self.config.train.num_steps:
                 LOG.info("the run is complete at step %d; raise train.num_steps to go on", self.state.step)
-                return EXIT_OK
-            return self._train()
+                code = EXIT_OK
+            else:
+                code = self._train()
+            phase = PHASE_OF[code]
+            return code
         finally:
             self._close()
-
-    def _request_stop(self, number: int, _frame: object) -> None:
-        self._stop_requested = True
+            if self._owns_place:
+                self.place.close(phase)
 
     def _train(self) -> int:
         config, topology = self.config, self.topology
@@ -162,6 +157,7 @@ class Trainer:
         self._durations: deque[float] = deque(maxlen=50)
         if topology.is_main:
             self.display = StepDisplay("training", config.train.num_steps, self.state.step, config.log.interval)
+        self._enter(TRAINING)
         while self.state.step < config.train.num_steps:
             self._step()
             step, last = self.state.step, self.state.step == config.train.num_steps
@@ -172,7 +168,7 @@ class Trainer:
                 self._evaluate(sets)
             if self.probe is not None and step % config.analysis.interval == 0:
                 self._analyze(self.probe)
-            stopping = self.engine.any_rank(self._stop_requested)
+            stopping = self.engine.any_rank(self.stop.requested)
             if last or stopping or step % config.checkpoint.interval == 0:
                 self._save()
             if stopping and not last:
@@ -210,6 +206,8 @@ class Trainer:
             targets=state.targets + result.num_targets,
             optimizer_step=state.optimizer_step + int(result.applied),
         )
+        self.place.monitor.progress()
+        self.place.slow_ranks.add(self.engine.forward_seconds)
         seconds = time.perf_counter() - start
         self._durations.append(seconds)
         record: dict[str, Any] = {
@@ -239,10 +237,21 @@ class Trainer:
             self.tensorboard.write(step, series)
         if self.display:
             typical = statistics.median(self._durations)
-            self.display.step(step, record["loss"], record["lr"], slots / typical, typical * (num_steps - step))
+            speed, left = slots / typical, typical * (num_steps - step)
+            self.display.step(step, record["loss"], record["lr"], speed, left)
+            if (heartbeat := self.place.monitor.heartbeat) is not None:
+                heartbeat.step = step
+                heartbeat.numbers = {"loss": record["loss"], "tokens_per_second": speed, "eta_seconds": left}
+
+    def _enter(self, phase: str) -> None:
+        """Something else than before begins: for the heartbeat and the watchdog."""
+        self.place.monitor.progress()
+        if (heartbeat := self.place.monitor.heartbeat) is not None:
+            heartbeat.phase, heartbeat.step = phase, self.state.step
 
     def _evaluate(self, sets: list[str]) -> None:
         start = time.perf_counter()
+        self._enter(EVALUATING)
         results = self.data.evaluator.run(self.engine, sets)
         step = self.state.step
         values = {
@@ -258,9 +267,11 @@ class Trainer:
         for name, result in results.items():
             LOG.info("step %d · %s: %s", step, name, result)
         LOG.info("evaluation took %s", duration(time.perf_counter() - start))
+        self._enter(TRAINING)
 
     def _analyze(self, probe: Probe) -> None:
         start = time.perf_counter()
+        self._enter(EVALUATING)
         found = probe.measure(self.engine)
         seconds = time.perf_counter() - start
         step, every = self.state.step, self.config.analysis.interval
@@ -271,6 +282,7 @@ class Trainer:
             self.tensorboard.write(step, {f"analysis/{name}": value for name, value in found.items()})
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
         LOG.info("step %d · inside: %s; %.2f s, %.1f %% of %d steps", step, numbers, seconds, 100 * share, every)
+        self._enter(TRAINING)
 
     # --- end --------------------------------------------------------------------------------------------------------
 
@@ -283,29 +295,39 @@ class Trainer:
         state = replace(
             self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )
-        path = self.checkpoints / step_name(state.step)
-        save_distributed(path, self.config, self.engine.state, state, self.topology)
-        failure: list[str | None] = [None]
+        path, attempt = self.checkpoints / step_name(state.step), self.place.attempt
+        self._enter(SAVING)
+        save_distributed(path, self.config, self.engine.state, state, self.topology, attempt)
+        failure: list[UserError | None] = [None]
         if self.topology.is_main:
             try:
                 if self.metrics:
                     self.metrics.sync()  # after a power cut, too, it reaches to the step that the run goes on from
-                point_latest(path)
-                prune(self.checkpoints, self.config.checkpoint.keep)
+                self._publish(path, attempt)
+            except Superseded as error:
+                failure = [error]
             except (OSError, UserError) as error:
-                failure = [f"{path} is saved, but {error}; free space or mend the disk, then start the run again"]
+                remedy = "free space or mend the disk, then start the run again"
+                failure = [UserError(f"{path} is saved, but {error}; {remedy}")]
         dist.broadcast_object_list(failure)
         if failure[0]:
-            raise UserError(failure[0])
+            raise failure[0]
+        self._enter(TRAINING)
+
+    def _publish(self, path: Path, attempt: Attempt) -> None:
+        """Make a saved checkpoint the newest, and remove what it replaces."""
+        attempt.check()
+        point_latest(path)
+        if (heartbeat := self.place.monitor.heartbeat) is not None:
+            heartbeat.saved_step = self.state.step
+        attempt.check()
+        prune(self.checkpoints, self.config.checkpoint.keep)
 
     def _close(self) -> None:
         self.loader.close()
         for record in (self.display, self.tensorboard, self.metrics):
             if record is not None:
                 record.close()
-        close_log()
-        if self._lock is not None:
-            self._lock.close()
 
 
 def describe_layout(config: RunConfig, topology: Topology) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megameta.attempt import Attempt
 from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
@@ -17,16 +18,25 @@ from megameta.model.flops import forward_flops
 class MetricsFile:
     """One JSON line a step, and one an evaluation (with "eval" in place of "loss").
 
-    Opening cuts the file back to the step that the run goes on from, so that no step stands in it twice.
+    Opening cuts the file back to the step that the run goes on from, so that no step stands in it twice. It puts a new
+    file in the place of the former one: an attempt that still writes somewhere writes into a file without a name.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, attempt: Attempt | None = None) -> None:
+        self._attempt, self._next_check = attempt, 0.0
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if path.exists() else []
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record: a kill of the process loses none, a power cut those after the last ``sync``."""
+        """Append a record: a kill of the process loses none, a power cut those after the last ``sync``.
+
+        Raises:
+            Superseded: a newer attempt has started (looked up once a second at most).
+        """
+        if self._attempt is not None and time.monotonic() > self._next_check:
+            self._attempt.check()
+            self._next_check = time.monotonic() + 1.0
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

@@ -4,19 +4,29 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
-from megameta.errors import EXIT_FAILURE, UserError
+from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, RunData
+from megameta.train.display import show_log
+from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
+from megameta.train.place import RunPlace, open_run
+from megameta.train.preflight import check_nodes
 from megameta.train.setup import load_run_config
+from megameta.train.stop import StopRequest
 from megameta.validate import validate
 
 #: What gloo and the store say where the process at the other end is gone.
@@ -36,34 +46,96 @@ def train(
     """
     # DeepSpeed calls collectives by names that torch has renamed: nothing that the reader could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    stop = StopRequest()
+    stop.listen()
+    place: RunPlace | None = None
     try:
         config = load_run_config(path, overrides)
-        device = pick_device(config.run.device)
-        parallel = config.parallel
-        topology = make_topology(
-            device,
-            tensor_parallel_size=parallel.tensor_parallel_size,
-            pipeline_parallel_size=parallel.pipeline_parallel_size,
-        )
-        validate(config, world_size=topology.world_size, device=device)
-        initialize_process_group(topology)
-        code = Trainer(config, topology, make_data, make_probe).run()
+        topology = _join(config)
+        place = open_run(config, topology)
+        check_nodes(config, topology, place.hosts)
+        code = Trainer(config, topology, make_data, make_probe, place, stop).run()
+        place.close(PHASE_OF[code])
         dist.barrier()  # nobody leaves while another rank is still in a collective
         _leave(code)
+    except UserError as error:
+        code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
+        if _may_speak():
+            if place is not None:
+                place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _end(place)
+        _leave(code)
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or not (_LOST.search(str(error)) or _has_been_said(place)):
+            traceback.print_exc()
+        elif not _has_been_said(place):
+            _wait_for_a_name(place)
+            # A rank that was killed has no message. Which, and of what, its launcher knows.
+            if _may_speak():
+                rank = os.environ.get("RANK", "0")
+                print(f"rank {rank} leaves: another rank has ended{_where(error)}", file=sys.stderr, flush=True)
+        _end(place)
+        _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
+
+
+def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
+    """``megameta slurm check`` on one rank: the checks before the first step, and nothing else."""
+    topology: Topology | None = None
+    try:
+        config = load_run_config(path, overrides)
+        topology = _join(config)
+        if topology.is_main:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            show_log()
+        check_nodes(config, topology, gather_hosts(topology), always=True)
+        dist.barrier()
+        _leave(EXIT_OK)
     except UserError as error:
         if _may_speak():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _let_others_leave()
         _leave(EXIT_FAILURE)
-    except RuntimeError as error:
-        if not _has_been_said():
-            if not _LOST.search(str(error)):
-                raise
-            # A rank that was killed has no message. Which, and of what, its launcher knows.
-            if _may_speak():
-                print(f"rank {os.environ.get('RANK', '0')} leaves: another rank has ended", file=sys.stderr, flush=True)
-            _let_others_leave()
-        _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
+
+
+def _join(config: RunConfig) -> Topology:
+    """This rank's place, in a process group."""
+    device = pick_device(config.run.device)
+    parallel, watch = config.parallel, config.cluster
+    topology = make_topology(
+        device,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+    )
+    validate(config, world_size=topology.world_size, device=device)
+    # The watchdog says more than the backend's own timeout, and comes first.
+    timeout = timedelta(minutes=watch.step_timeout_minutes + 5) if watch.step_timeout_minutes else None
+    initialize_process_group(topology, timeout)
+    return topology
+
+
+def _end(place: RunPlace | None) -> None:
+    """Leave after a failure."""
+    if place is not None:
+        place.close(FAILED)
+    _let_others_leave()
+
+
+def _wait_for_a_name(place: RunPlace | None) -> None:
+    """A collective broke off. If that was because a node is gone, the watch over the nodes will say which one, and end
+    this process; it needs its time of silence for that. Another rank's message ends the wait, too."""
+    watch = place.liveness if place is not None else None
+    if watch is None:
+        return
+    end = time.monotonic() + watch.limit + 5
+    while time.monotonic() < end and not _has_been_said(place):
+        time.sleep(0.2)
+
+
+def _where(error: Exception) -> str:
+    """The address at the other end of a connection, of gloo's messages."""
+    found = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
+    return f" (at {found.group(1)})" if found else ""
 
 
 def _leave(code: int) -> NoReturn:
@@ -78,13 +150,14 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _has_been_said() -> bool:
+def _has_been_said(place: RunPlace | None) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     try:
         return dist.distributed_c10d._get_default_store().add("megameta/error", 0) > 0
-    except RuntimeError:  # the store went with its rank, which has spoken
-        return True
+    except RuntimeError:  # the store went with its rank, which has spoken, unless its node went with it
+        watch = place.liveness if place is not None else None
+        return watch is None or watch.has_left(0)
 
 
 def _let_others_leave(seconds: float = 3.0) -> None:

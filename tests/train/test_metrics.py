@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,11 +44,16 @@ def test_the_lines_are_on_the_disk_before_latest_names_their_checkpoint(tmp_path
     monkeypatch.setattr(loop, "point_latest", lambda *_: done.append("latest"))
     monkeypatch.setattr(loop, "prune", lambda *_: done.append("prune"))
     monkeypatch.setattr(loop.dist, "broadcast_object_list", lambda values: None)
+    attempt = SimpleNamespace(check=lambda: done.append("still the newest attempt?"))
     trainer = SimpleNamespace(
         state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path
     )
+    trainer.place = SimpleNamespace(attempt=attempt, monitor=SimpleNamespace(heartbeat=None))
+    trainer._enter = lambda phase: None
+    trainer._publish = partial(loop.Trainer._publish, trainer)
     loop.Trainer._save(trainer)
-    assert done == ["save", "sync", "latest", "prune"]
+    asked = "still the newest attempt?"
+    assert done == ["save", "sync", asked, "latest", asked, "prune"]
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write({"step": 1})
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(descriptor))

@@ -33,7 +33,7 @@ def run_until(config: RunConfig, topology, stop_at: int | None) -> tuple[int, li
     def stepping():
         step()
         if trainer.state.step == stop_at and topology.rank == topology.world_size - 1:
-            trainer._request_stop(15, None)  # on one rank alone: all have to agree
+            trainer.stop.request(15, None)  # on one rank alone: all have to agree
 
     def reading(*numbers):
         batches = read(*numbers)

@@ -1,0 +1,109 @@
+"""``megameta slurm submit``: show the layout, write the batch script into the run directory, hand it to sbatch."""
+
+import hashlib
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megameta.config import RunConfig
+from megameta.errors import EXIT_OK, UserError
+from megameta.files import write_text_atomically
+from megameta.parallel.layout import Layout
+from megameta.slurm.fit import device_of, fit_exactly
+from megameta.slurm.script import Options, render
+from megameta.train.check import describe, describe_layout, missing_files
+from megameta.train.setup import load_run_config
+from megameta.validate import problems
+
+
+def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1, dry_run: bool = False) -> int:
+    """Submit a run as a job, or as a chain of jobs that follow one another; the exit code.
+
+    Raises:
+        UserError: the run does not fit the nodes, sbatch refuses, or SLURM is not there.
+    """
+    _check_options(options, chain)
+    config = load_run_config(path, overrides, need_files=False)
+    _show(config, options, device_of(config))
+    run_dir = Path(config.run.dir)
+    name = options.name if options.name != Options.name else job_name(run_dir)
+    arguments = tuple(shlex.quote(word) for word in (str(Path(path).resolve()), *overrides))
+    log = str(run_dir / "logs" / "%j.out")
+    options = replace(options, name=name, arguments=arguments, chain=chain > 1, log=log)
+    # The name is what holds a chain together: each link waits until no job of this name runs any more.
+    options = replace(options, more={**({"dependency": "singleton"} if chain > 1 else {}), **options.more})
+    script = render(options)
+    if dry_run:
+        print(f"\n{script}")
+        return EXIT_OK
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on this machine: submit from a login node of the cluster, or see --dry-run")
+    file = run_dir / "logs" / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.sbatch"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, script)
+    print(f"script     {file}")
+    for link in range(1, chain + 1):
+        job = _sbatch(file)
+        print(f"job        {job}" + (f" (link {link} of {chain})" if chain > 1 else ""))
+    print(f"output     {log.replace('%j', job)}; a log a node beside it. next: megameta status {run_dir}")
+    return EXIT_OK
+
+
+def job_name(run_dir: Path) -> str:
+    """Of all jobs of a run directory, and of no other's."""
+    digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name)[:40]
+    return f"megameta-{readable}-{digest}"
+
+
+def further_options(given: list[str]) -> dict[str, str | None]:
+    """``--sbatch KEY=VALUE`` or ``KEY``, with or without dashes before."""
+    found: dict[str, str | None] = {}
+    for word in given:
+        key, equals, value = word.lstrip("-").partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
+            raise UserError(f"--sbatch {word!r}: write it as --sbatch mail-type=END")
+        found[key] = value if equals else None
+    return found
+
+
+def _check_options(options: Options, chain: int) -> None:
+    if options.nodes < 1 or options.gpus_per_node < 1 or chain < 1:
+        raise UserError("--nodes, --gpus-per-node and --chain are numbers of at least 1")
+    if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:
+        raise UserError(f"--min-nodes {options.min_nodes}: between 1 and --nodes {options.nodes}")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
+        raise UserError(f"--time {options.time}: write it as SLURM does: 24:00:00, 1-12:00:00, or minutes")
+
+
+def _show(config: RunConfig, options: Options, device: str) -> None:
+    world, per_node = options.nodes * options.gpus_per_node, options.gpus_per_node
+    shown, fitted = config, fit_exactly(config, options.nodes, per_node, device)
+    if fitted is not None and fitted.micro_batch_size != config.train.micro_batch_size:
+        print(
+            f"note       train.micro_batch_size {fitted.micro_batch_size} in place of {config.train.micro_batch_size},"
+            f" so that {world} ranks share {config.train.global_batch_size} sequences"
+        )
+        shown = fitted.apply(config)
+    print("\n".join(describe(shown, world)))
+    found = problems(shown, world_size=world, device=device)
+    if found:
+        raise UserError("\n  ".join([f"{world} ranks on {options.nodes} node(s): {len(found)} problem(s):", *found]))
+    print("\n".join(describe_layout(shown, Layout.of(shown, world))))
+    for missing in missing_files(config):
+        print(f"not there yet: {missing}")
+    for nodes in range(options.nodes - 1, (options.min_nodes or options.nodes) - 1, -1):
+        fewer = fit_exactly(config, nodes, per_node, device)
+        how = f"micro-batch {fewer.micro_batch_size}, the same global batch" if fewer else "not used: fewer are"
+        print(f"on {nodes} node(s), should there be no more: {how}")
+
+
+def _sbatch(file: Path) -> str:
+    done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch refuses {file}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip().partition(";")[0]
