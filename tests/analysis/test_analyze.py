@@ -17,6 +17,8 @@ from megameta.commands.analyze import analyze
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
 
+pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
+
 PNG = b"\x89PNG\r\n\x1a\n"
 FEW = Options(num_samples=3)
 

@@ -16,6 +16,8 @@ from megameta.analysis.lens import lens_numbers
 from megameta.analysis.mass import mass_by_distance, ratio_by_distance
 from megameta.analysis.residual import KINDS, cosines, norms
 
+pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
+
 T = 32
 BINS = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
 

@@ -14,6 +14,8 @@ from megameta.analysis.observe import (
     zeroed_meta_embedding,
 )
 
+pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
+
 
 def fingerprint(model) -> tuple:
     """All that a context could leave behind: attributes and hooks of every module, and bits of every parameter."""
