@@ -65,9 +65,6 @@ def granted(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """
     try:
         nodes = int(environment["SLURM_JOB_NUM_NODES"])
-        tasks = environment["SLURM_NTASKS_PER_NODE"]
-        return nodes, int(tasks)
+        return nodes, int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"not in a job with --nodes and --ntasks-per-node ({error}): use sbatch, or give --nodes and --per-node"
-        ) from error
+        raise UserError(f"not in a job ({error}): use sbatch, or give --nodes and --per-node") from error

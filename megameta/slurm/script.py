@@ -32,10 +32,13 @@ class Options:
 def render(options: Options) -> str:
     """The script."""
     nodes = f"{options.min_nodes}-{options.nodes}" if options.min_nodes else str(options.nodes)
+    # With one task a node SLURM takes the least number of nodes, whatever is free (22.05); without it the most.
+    single = options.min_nodes is not None and options.gpus_per_node == 1
+    tasks = {} if single else {"ntasks-per-node": str(options.gpus_per_node)}
     directives: dict[str, str | None] = {
         "job-name": options.name,
         "nodes": nodes,
-        "ntasks-per-node": str(options.gpus_per_node),
+        **tasks,
         "gpus-per-node": str(options.gpus_per_node),
         "cpus-per-task": str(options.cpus_per_task),
         "mem": "0",
@@ -81,8 +84,8 @@ mkdir -p "${{fit[1]}}/logs"
 # From here on megameta stands where this script was: it passes the warning on to srun, and requeues the job or ends it.
 trap '' USR1
 exec python -m megameta slurm run{chain} "${{fit[1]}}" \\
-    srun --nodes="${{fit[0]}}" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
-        --distribution=block:block --cpu-bind=cores --gpu-bind=none --kill-on-bad-exit=1 --unbuffered \\
-        --open-mode=append --output="${{fit[1]}}/logs/%j-%N.log" \\
+    srun --nodes="${{fit[0]}}" --ntasks-per-node="${{SLURM_NTASKS_PER_NODE:-1}}" \\
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" --distribution=block:block --cpu-bind=cores --gpu-bind=none \\
+        --kill-on-bad-exit=1 --unbuffered --open-mode=append --output="${{fit[1]}}/logs/%j-%N.log" \\
         python -m megameta {command} "$@" "${{fit[@]:2}}"
 """

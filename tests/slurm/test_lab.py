@@ -81,7 +81,8 @@ def steps_of(run: Path) -> list[int]:
 
 
 def ledger(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "logs" / "jobs.jsonl").read_text().splitlines()]
+    path = run / "logs" / "jobs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_a_cancelled_job_stays_cancelled(lab, place):
     job = submit(lab, place, "cancelled")
     wait_for_step(lab, run, 10)
     lab.run("scancel", job)
-    lab.wait(lambda: (run / "logs" / "jobs.jsonl").exists(), timeout=60, why=lambda: read_logs(run / "logs"))
+    lab.wait(lambda: ledger(run), timeout=60, why=lambda: read_logs(run / "logs"))
     lab.wait_for_state(job, "CANCELLED", timeout=60, logs=run / "logs")
     (end,) = ledger(run)
     assert end["action"] == "leave" and end["state"] != "RUNNING"

@@ -45,7 +45,9 @@ def test_options_reach_the_script():
         "set -- a.yaml",
     ):
         assert wanted in text
-    assert "--exclusive" not in text
+    assert "--exclusive" not in text and "--ntasks-per-node=8" in text
+    assert "#SBATCH --ntasks-per-node" not in render(Options(nodes=4, min_nodes=2, gpus_per_node=1))
+    assert "#SBATCH --ntasks-per-node=1" in render(Options(nodes=4, gpus_per_node=1))
 
 
 def test_submit_shows_the_layout_and_quotes(tmp_path, capsys, monkeypatch):

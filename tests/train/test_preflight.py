@@ -1,6 +1,7 @@
 """Checks before the first step: each fault is refused with its node's name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
@@ -71,6 +72,7 @@ def _check(topology, folder, fault):
     from megameta.train import preflight
 
     hosts = ["n1", "n1", "n2"]
+    topology = replace(topology, local_rank=(0, 1, 0)[topology.rank])
     config = tiny_config("x", run__dir=folder, cluster__preflight_seconds=20)
     if topology.rank == 2 and fault == "other source":
         preflight.source_digest = lambda: "0" * 64
