@@ -76,7 +76,7 @@ def make_context(
         num_meta_columns: M, at least the largest number of meta-tokens in a sequence, where the caller knows it (saves
             a host synchronisation on a GPU). Fewer would drop meta-tokens.
     """
-    batch, length = token_BT.shape
+    length = token_BT.shape[1]
     past = cache.length if cache is not None else 0
     order_T = torch.arange(past, past + length, device=token_BT.device)
     if position_BT is None:

@@ -114,7 +114,7 @@ class PruningCache(DecodingCache):
         self.meta_rows: Rows | None = None
         self.lost = False
         """Whether a row was dropped that was no padding: then the cache cannot go back (``crop``)."""
-        self._new: Rows | None = None  # the rows of the pass that is running
+        self._new: Rows  # the rows of the pass that is running
         self._seen_BTS: Tensor | None = None
         self._columns: _Columns | None = None
         self._meta_columns: _Columns | None = None
@@ -140,9 +140,8 @@ class PruningCache(DecodingCache):
                 self.meta = [(columns.of(k), columns.of(v)) for k, v in self.meta]
         return rows.document_BN
 
-    def seen_rows(self) -> Tensor:
+    def seen_rows(self) -> Tensor | None:
         """Which rows of cache and pass each row of the pass sees: bool (B, T, S)."""
-        assert self._seen_BTS is not None
         return self._seen_BTS
 
     def update_causal(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +153,6 @@ class PruningCache(DecodingCache):
 
     def extend_meta(self, order_BM: Tensor, document_BM: Tensor, index_BM: Tensor) -> Tensor:
         """As in the cache that grows."""
-        assert self._new is not None
         new = self._new.pick(index_BM, order_BM != NOWHERE)
         rows = new if self.meta_rows is None else self.meta_rows.join(new)
         self.meta_rows, self._meta_columns = self._drop(rows)
@@ -230,22 +228,23 @@ class PruningCache(DecodingCache):
 
     def _drop(self, rows: Rows) -> "tuple[Rows, _Columns | None]":
         """Keep the rows that the next row of each sequence, if its document goes on, would see."""
-        assert self._last is not None
+        if self._last is None:
+            return rows, None
         document_B, count_B = self._last
         is_real_BN = (rows.document_BN >= 0) & (rows.order_BN != NOWHERE)
         keep_BN = self.rule.reaches(count_B[:, None], rows.rank_BN, rows.pinned_BN)[:, 0]
         keep_BN = keep_BN & is_real_BN & (rows.document_BN == document_B[:, None])
         kept, columns = _keep(rows, keep_BN)
-        self.lost = self.lost or (columns is not None and bool((is_real_BN & ~keep_BN).any()))
+        self.lost = self.lost or bool((is_real_BN & ~keep_BN).any())
         return kept, columns
 
 
 def _keep(rows: Rows, keep_BN: Tensor) -> "tuple[Rows, _Columns | None]":
-    """The rows to keep and their columns; None where a sequence keeps all of its columns, so that nothing can go."""
+    """The rows to keep and their columns; None where a sequence keeps all of its columns, so that none can go."""
     count_B = keep_BN.sum(dim=1)
     most = int(count_B.max())
     if most == keep_BN.shape[1]:
-        return rows, None
+        return rows._replace(order_BN=rows.order_BN.masked_fill(~keep_BN, NOWHERE)), None
     index_BC = torch.argsort(~keep_BN, dim=1, stable=True)[:, :most]
-    columns = _Columns(index_BC)
-    return rows.pick(index_BC, torch.arange(most, device=index_BC.device) < count_B[:, None]), columns
+    is_real_BC = torch.arange(most, device=index_BC.device) < count_B[:, None]
+    return rows.pick(index_BC, is_real_BC), _Columns(index_BC)

@@ -23,26 +23,33 @@ def forward(
     token_BT: Tensor,
     position_BT: Tensor | None = None,
     document_BT: Tensor | None = None,
+    forbidden_BTT: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, T, vocab_size). ``state`` may hold leaves that require gradients; padding of the vocabulary is cut."""
+    """Logits (B, T, vocab_size). ``state`` may hold leaves that require gradients; padding of the vocabulary is cut.
+
+    ``forbidden_BTT`` (bool): further rows that a row may not look at, in either branch.
+    """
     logits = []
     for row, token_T in enumerate(token_BT):
         length = len(token_T)
         position_T = torch.arange(length) if position_BT is None else position_BT[row % len(position_BT)]
         document_T = torch.zeros(length, dtype=torch.long) if document_BT is None else document_BT[row]
-        logits.append(_sequence(config, state, token_T, position_T, document_T))
+        mask = causal_mask(document_T)
+        if forbidden_BTT is not None:
+            mask = mask.masked_fill(forbidden_BTT[row], -math.inf)
+        logits.append(_sequence(config, state, token_T, position_T, mask))
     return torch.stack(logits)
 
 
-def _sequence(config: ModelConfig, state: State, token_T: Tensor, position_T: Tensor, document_T: Tensor) -> Tensor:
+def _sequence(config: ModelConfig, state: State, token_T: Tensor, position_T: Tensor, mask: Tensor) -> Tensor:
     is_meta_T = token_T == config.meta_token_id
     x = embed(config, state, token_T, position_T)
     for layer in range(config.num_layers):
         block = f"blocks.{layer}."
-        a = x + causal_branch(config, state, layer, x, is_meta_T, position_T, document_T)
+        a = x + causal_branch(config, state, layer, x, is_meta_T, position_T, mask)
         source = x if config.parallel_residual else a
         if config.meta_attention and (config.meta_layers is None or layer in config.meta_layers):
-            a = a + meta_branch(config, state, layer, source, is_meta_T, position_T, document_T)
+            a = a + meta_branch(config, state, layer, source, is_meta_T, position_T, mask)
         source = x if config.parallel_residual else a
         x = a + mlp(config, state, block + "mlp.", norm(config, state, block + "norm_2", source))
     h = norm(config, state, "head.norm", x)
@@ -70,25 +77,22 @@ def causal_mask(document_T: Tensor) -> Tensor:
 
 
 def causal_branch(
-    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, document_T: Tensor
+    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, mask: Tensor
 ) -> Tensor:
-    """What causal attention adds to the residual stream (T, D)."""
+    """What causal attention adds to the residual stream (T, D), under a mask of 0 and −∞ (``causal_mask``)."""
     h = norm(config, state, f"blocks.{layer}.norm_1", x)
-    return _attention(
-        config, state, f"blocks.{layer}.attention.", layer, h, is_meta_T, position_T, causal_mask(document_T)
-    )
+    return _attention(config, state, f"blocks.{layer}.attention.", layer, h, is_meta_T, position_T, mask)
 
 
 def meta_branch(
-    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, document_T: Tensor
+    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, mask: Tensor
 ) -> Tensor:
-    """What the meta branch adds to the residual stream (T, D)."""
+    """What the meta branch adds to the residual stream (T, D), under the same mask and P."""
     both = is_meta_T[:, None] & is_meta_T[None, :]
     meta_mask = torch.zeros(both.shape, dtype=torch.float64).masked_fill(~both, -math.inf)
     h = norm(config, state, f"blocks.{layer}.norm_meta", x)
     prefix = f"blocks.{layer}.meta_attention."
-    mask = causal_mask(document_T) + meta_mask
-    return _attention(config, state, prefix, layer, h, is_meta_T, position_T, mask)
+    return _attention(config, state, prefix, layer, h, is_meta_T, position_T, mask + meta_mask)
 
 
 def _attention(
