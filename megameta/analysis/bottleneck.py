@@ -1,4 +1,4 @@
-"""A variational information bottleneck (Alemi et al. 2017): a Gaussian head on given states, a linear decoder behind it.
+"""A variational information bottleneck (Alemi et al. 2017): a Gaussian head on given states, then a linear decoder.
 
 For each β the head and the decoder minimise distortion + β · rate, where the rate is the mean KL divergence of the
 head's Gaussian from a standard normal: an upper bound of the information, in nats, that passes. The distortion is that

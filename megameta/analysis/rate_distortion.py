@@ -2,9 +2,9 @@
 
 The spec leaves open what is predicted: here it is the next text token (ours). A held-out sequence is cut behind each
 meta-token that text precedes and follows. Then the last meta-token and the last text token have read the same text, and
-neither is further from the target; in pre-training it is the meta-token that predicts there, the text token's own target
-being the meta-token. States are taken behind the last block and the final norm. The model is frozen; heads are fitted to
-states of some windows of the held-out text and judged by others.
+neither is further from the target; in pre-training it is the meta-token that predicts there, the text token's own
+target being the meta-token. States are taken behind the last block and the final norm. The model is frozen; heads are
+fitted to states of some windows of the held-out text and judged by others.
 
 Letters: B batch, T slots, N examples, D width, V vocabulary.
 """

@@ -190,8 +190,7 @@ def test_branch_adds_exactly_zero_at_text(metas: str, documents: str, dtype: tor
         state = reference_state(model)
         for row in range(BATCH):
             doc = torch.zeros(LENGTH, dtype=torch.long) if document is None else document[row]
-            mask = oracle.causal_mask(doc)
-            added = oracle.meta_branch(config, state, 0, x[row].double(), is_meta[row], torch.arange(LENGTH), mask)
+            added = oracle.meta_branch(config, state, 0, x[row].double(), is_meta[row], torch.arange(LENGTH), doc)
             assert not added[~is_meta[row]].any()
             tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
             assert_close(y[row], x[row].double() + added, tolerance, "branch")
