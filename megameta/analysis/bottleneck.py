@@ -48,9 +48,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width: int, bottleneck: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.mean = nn.Linear(width, bottleneck)
-        self.log_variance = nn.Linear(width, bottleneck)
-        self.decoder = nn.Linear(bottleneck, outputs)
+        # Their own initial values would come from torch's global generator.
+        self.mean, self.log_variance, self.decoder = (
+            nn.utils.skip_init(nn.Linear, *shape)
+            for shape in ((width, bottleneck), (width, bottleneck), (bottleneck, outputs))
+        )
         with torch.no_grad():
             for layer in (self.mean, self.decoder):
                 layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)

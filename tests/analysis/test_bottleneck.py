@@ -67,7 +67,7 @@ def ids_from_states(count: int, seed: int) -> tuple[Examples, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(8, 6, generator=torch.Generator().manual_seed(99))
     wanted = torch.randint(8, (count,), generator=generator)
-    return Examples(centre[wanted] + 0.3 * torch.randn(count, 6, generator=generator), wanted), centre * 5
+    return Examples(centre[wanted] + 0.3 * torch.randn(count, 6, generator=generator), wanted), centre
 
 
 @pytest.mark.parametrize("started", [False, True])
