@@ -253,8 +253,8 @@ def _slopes_and_bound() -> Finding:
             f"No model: {KEYS} keys, all but the boosted one equal, float64. Left: dH/dΔ = −q (ln q + H), q being the"
             " key's probability after the boost, against central differences of the entropy; they differ by at most"
             f" {worst:.0e}. Right: by how much a boost lowers the entropy. The paper bounds it from below by a"
-            " κ(Δ) > 0. Left of the dotted line that is false for small boosts, since the entropy rises; right of it the entropy"
-            f" does fall, but by as little as one likes where p nears 1: over keys up to p = 0.9 a boost of"
+            " κ(Δ) > 0. Left of the dotted line that is false for small boosts, since the entropy rises; right of it"
+            " the entropy does fall, but by as little as one likes where p nears 1: over keys up to p = 0.9 a boost of"
             f" {PAPER_BOOST} lowers it by at least {at_paper[0.9]:.3f} nats, up to 0.9999 by {at_paper[0.9999]:.4f}. So"
             " no positive κ of Δ alone holds; one of Δ and of a bound on p does."
         ),

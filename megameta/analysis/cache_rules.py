@@ -86,9 +86,10 @@ def rows_seen(model: GPT, batch: Batch, rule: KeepRule | None) -> Tensor:
 def score(model: GPT, batches: Iterable[Batch], rule: KeepRule | None) -> Scored:
     """Scores under a rule. One pass a batch: a pass sees what would be seen slot by slot."""
     losses, exact, rows = [], [], []
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        drawn = None if rule is None else replace(rule, seed=rule.seed + number)  # random rows: others in each batch
         first = batch.first_target  # logits of earlier slots are for nothing
-        x_BTD = read(model, batch, make_cache(rule))[:, first:]
+        x_BTD = read(model, batch, make_cache(drawn))[:, first:]
         logits_BTV = model.head(x_BTD, model.embedding.tokens.weight)
         label_BT = batch.label_BT[:, first:]
         counts_BT = label_BT != IGNORE_INDEX
@@ -97,7 +98,7 @@ def score(model: GPT, batches: Iterable[Batch], rule: KeepRule | None) -> Scored
         right_BT = (logits_BTV.argmax(dim=-1) == label_BT) | ~counts_BT
         losses.append((loss_BT.double().sum(dim=1) / counts_BT.sum(dim=1))[kept_B].cpu())
         exact.append(right_BT.all(dim=1)[kept_B].double().cpu())
-        rows.append(rows_seen(model, batch, rule))
+        rows.append(rows_seen(model, batch, drawn))
     return Scored(torch.cat(losses), torch.cat(exact), torch.cat(rows))
 
 

@@ -151,7 +151,7 @@ def at_rates(curve: Sequence[Point], rates: Sequence[float]) -> list[float]:
 def compare(
     first: Sequence[Sequence[Point]], second: Sequence[Sequence[Point]], count: int = 7
 ) -> list[dict[str, float]]:
-    """First less second at ``count`` rates that all curves reach, paired by seed: rate, mean, 95 % interval over seeds."""
+    """First less second at ``count`` rates that all curves reach, paired by seed: mean, 95 % interval over seeds."""
     curves = [*first, *second]
     low = max(min(point.rate for point in curve) for curve in curves)
     high = min(max(point.rate for point in curve) for curve in curves)
@@ -187,8 +187,8 @@ def verdict(rows: Sequence[Mapping[str, float]], other: str) -> str:
         return f"D_meta(R) ≤ D(R) of the {other} is false at all {len(rows)} matched rates {span}."
     rest = len(rows) - holds - fails
     return (
-        f"D_meta(R) ≤ D(R) of the {other}: of {len(rows)} matched rates {span} it holds at {holds}, is false at {fails},"
-        f" and {rest} are not resolved."
+        f"D_meta(R) ≤ D(R) of the {other}: of {len(rows)} matched rates {span} it holds at {holds}, is false at"
+        f" {fails}, and {rest} are not resolved."
     )
 
 
@@ -269,13 +269,14 @@ def _finding(
         section=SECTION,
         title="What a few nats of a state say of the next token",
         caption=(
-            f"Variational information bottleneck on the frozen model: Gaussian head of 32 dimensions, linear-softmax"
-            f" decoder, β from {BETAS[0]} to {BETAS[-1]}; both begin as the model's own output projection. The target is"
-            " the next text token behind a meta-token, so that the last meta-token and the last text token before it"
-            f" have read the same text; the earlier text token is one of the {EARLIER} slots before. {len(sites.target_N):,}"
-            f" examples from {windows} held-out windows, {_HELD_OUT:.0%} of the windows kept for the distortion; bands"
-            f" are 95 % intervals (Student) over {SEEDS} seeds of split, noise and order (from {options.seed}), of one"
-            f" trained model. {' '.join(said)} Both axes are upper bounds, since heads are fitted to few examples."
+            "Variational information bottleneck on the frozen model: Gaussian head of 32 dimensions, linear-softmax"
+            f" decoder, β from {BETAS[0]} to {BETAS[-1]}; both begin as the model's own output projection. The target"
+            " is the next text token behind a meta-token, so that the last meta-token and the last text token before"
+            f" it have read the same text; the earlier text token is one of the {EARLIER} slots before."
+            f" {len(sites.target_N):,} examples from {windows} held-out windows, {_HELD_OUT:.0%} of the windows kept"
+            f" for the distortion; bands are 95 % intervals (Student) over {SEEDS} seeds of split, noise and order"
+            f" (from {options.seed}), of one trained model. {' '.join(said)} Both axes are upper bounds, since heads"
+            " are fitted to few examples."
         ),
         draw=draw,
         tables={
