@@ -93,4 +93,19 @@ ANALYSES: dict[str, Analysis] = {
         "what the meta branch adds by layer, and what is lost when it is switched off",
         "branch",
     ),
+    "rate-distortion": Analysis(
+        "megameta.analysis.rate_distortion:rate_distortion",
+        "what a few nats of the last meta-token's state say of the next token, against the last text token's",
+        "meta-tokens",
+    ),
+    "cache": Analysis(
+        "megameta.analysis.cache_sizes:cache_sizes",
+        "loss against the rows that a cache keeps: meta-tokens, a window, random ones",
+        "meta-tokens",
+    ),
+    "theory": Analysis(
+        "megameta.analysis.theory:theory",
+        "the paper's two statements, run on examples, where they hold and where not",
+        "nothing",
+    ),
 }

@@ -7,20 +7,28 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from megameta.model.cache import DecodingCache
+from megameta.model.pruning import KeepRule, PruningCache
 
 
 class MegametaCache(Cache):
-    """What ``generate`` needs of a cache, around the training model's own (``decoding``), which grows without limit."""
+    """What ``generate`` needs of a cache, around the training model's own (``decoding``).
 
-    def __init__(self) -> None:
+    It grows without limit, or, with a rule, keeps the rows of that rule and frees the others (``PruningCache``).
+    """
+
+    def __init__(self, rule: KeepRule | None = None) -> None:
         super().__init__(layers=[])
-        self.decoding = DecodingCache()
+        self.rule = rule
+        self.decoding = self._empty()
+
+    def _empty(self) -> DecodingCache:
+        return DecodingCache() if self.rule is None else PruningCache(self.rule)
 
     def __len__(self) -> int:
         return len(self.decoding.causal)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows so far."""
+        """Rows so far, those that were dropped included."""
         return self.decoding.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -48,7 +56,7 @@ class MegametaCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.decoding = DecodingCache()
+        self.decoding = self._empty()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what ``beam_idx[i]`` was."""

@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from megameta.hf.cache import as_megameta_cache
+from megameta.hf.cache import MegametaCache, as_megameta_cache
 from megameta.hf.configuration import MegametaConfig
 from megameta.model.context import make_context
 from megameta.model.gpt import Block, Embedding, make_norm
 from megameta.model.loss import IGNORE_INDEX, cross_entropy_sum
+from megameta.model.pruning import KeepRule
 
 
 class MegametaPreTrainedModel(PreTrainedModel):
@@ -177,6 +178,12 @@ class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the projection to the vocabulary."""
         self.lm_head = new_embeddings
+
+    def make_cache(self, window: int, **rule: Any) -> MegametaCache:
+        """A cache that keeps the newest ``window`` rows, the first few and the meta-tokens', and frees the others:
+        ``model.generate(ids, past_key_values=model.make_cache(256))``. The arguments are those of ``KeepRule``.
+        """
+        return MegametaCache(KeepRule(window, **rule))
 
     @can_return_tuple
     def forward(

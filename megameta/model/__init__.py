@@ -10,6 +10,7 @@ from megameta.model.context import Context, Mask, MetaRows, make_context
 from megameta.model.gpt import GPT, Block, Embedding, Head
 from megameta.model.init import initialize_weights
 from megameta.model.loss import IGNORE_INDEX, cross_entropy_sum
+from megameta.model.pruning import KeepRule, PruningCache
 
 __all__ = [
     "GPT",
@@ -20,9 +21,11 @@ __all__ = [
     "DecodingCache",
     "Embedding",
     "Head",
+    "KeepRule",
     "Mask",
     "MetaRows",
     "ModelConfig",
+    "PruningCache",
     "cross_entropy_sum",
     "initialize_weights",
     "make_context",

@@ -30,8 +30,9 @@ class DecodingCache:
         """As ``update_causal``, for the meta branch; ``layer`` counts the layers that have it."""
         return _append(self.meta, layer, k_BGMK, v_BGMK)
 
-    def extend_rows(self, document_BT: Tensor | None, num_new: int, batch: int) -> Tensor | None:
-        """Account for ``num_new`` new rows; return the documents of all rows (B, S), None while there is but one."""
+    def extend_rows(self, document_BT: Tensor | None, is_meta_BT: Tensor) -> Tensor | None:
+        """Account for new rows; return the documents of all rows (B, S), None while there is but one."""
+        batch, num_new = is_meta_BT.shape
         if document_BT is not None and self.document_BS is None:
             self.document_BS = document_BT.new_zeros(batch, self.length)
         if self.document_BS is not None:
@@ -41,13 +42,28 @@ class DecodingCache:
         self.length += num_new
         return self.document_BS
 
-    def extend_meta(self, order_BM: Tensor, document_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the order and document of new meta columns; return those of all columns."""
+    def seen_rows(self) -> Tensor | None:
+        """Which rows each new row sees, bool (B, T, S), where a cache drops rows; None: all earlier ones of its
+        document."""
+        return None
+
+    def extend_meta(self, order_BM: Tensor, document_BM: Tensor, index_BM: Tensor) -> Tensor:
+        """Append new meta columns; return which columns each of them sees, bool (B, new, all).
+
+        Args:
+            index_BM: their places among the new rows.
+        """
+        key_order, key_document = order_BM, document_BM
         if self.meta_order_BM is not None and self.meta_document_BM is not None:
-            order_BM = torch.cat((self.meta_order_BM, order_BM), dim=1)
-            document_BM = torch.cat((self.meta_document_BM, document_BM), dim=1)
-        self.meta_order_BM, self.meta_document_BM = order_BM, document_BM
-        return order_BM, document_BM
+            key_order = torch.cat((self.meta_order_BM, order_BM), dim=1)
+            key_document = torch.cat((self.meta_document_BM, document_BM), dim=1)
+        self.meta_order_BM, self.meta_document_BM = key_order, key_document
+        return see_earlier(order_BM, document_BM, key_order, key_document)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storages behind keys and values: of what is held, not of what is looked at."""
+        tensors = [x for layers in (self.causal, self.meta) for pair in layers for x in pair]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     def select(self, index_B: Tensor) -> None:
         """Keep, repeat or reorder sequences of the batch (beam search)."""
@@ -69,6 +85,14 @@ class DecodingCache:
             self.document_BS = self.document_BS[:, :length]
         if self.meta_order_BM is not None:  # a forgotten meta row becomes a padding column
             self.meta_order_BM = self.meta_order_BM.masked_fill(self.meta_order_BM >= length, NOWHERE)
+
+
+def see_earlier(order_BT: Tensor, document_BT: Tensor, order_BS: Tensor, document_BS: Tensor) -> Tensor:
+    """Whether rows T see rows S: those whose order is not later and whose document is the same. Bool (B, T, S).
+
+    Padding columns share an order and, per sequence, a document, so that no row is left without a key.
+    """
+    return (order_BS[:, None, :] <= order_BT[:, :, None]) & (document_BS[:, None, :] == document_BT[:, :, None])
 
 
 def _append(layers: list[tuple[Tensor, Tensor]], layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megameta.model.cache import NOWHERE, DecodingCache
+from megameta.model.cache import NOWHERE, DecodingCache, see_earlier
 from megameta.model.config import ModelConfig
 from megameta.model.rope import Rotation, rotation_at
 
@@ -76,7 +76,7 @@ def make_context(
         num_meta_columns: M, at least the largest number of meta-tokens in a sequence, where the caller knows it (saves
             a host synchronisation on a GPU). Fewer would drop meta-tokens.
     """
-    batch, length = token_BT.shape
+    length = token_BT.shape[1]
     past = cache.length if cache is not None else 0
     order_T = torch.arange(past, past + length, device=token_BT.device)
     if position_BT is None:
@@ -84,15 +84,20 @@ def make_context(
     is_meta_BT = token_BT == config.meta_token_id
     if config.zero_meta_positions and config.uses_rope:
         position_BT = position_BT.masked_fill(is_meta_BT, 0)
-    key_document_BS = cache.extend_rows(document_BT, length, batch) if cache is not None else document_BT
-    query_document_BT = key_document_BS[:, past:] if key_document_BS is not None else None
+    key_document_BS = cache.extend_rows(document_BT, is_meta_BT) if cache is not None else document_BT
+    query_document_BT = key_document_BS[:, -length:] if key_document_BS is not None else None
+    seen_BTS = cache.seen_rows() if cache is not None else None
+    if seen_BTS is not None:
+        mask = Mask(causal=False, allowed_BTS=seen_BTS)
+    else:
+        mask = _row_mask(order_T, past, query_document_BT, key_document_BS)
     meta = None
     if config.meta_attention:
         meta = _meta_rows(config, is_meta_BT, position_BT, query_document_BT, order_T, num_meta_columns, cache)
     return Context(
         is_meta_BT=is_meta_BT,
         position_BT=position_BT,
-        mask=_row_mask(order_T, past, query_document_BT, key_document_BS),
+        mask=mask,
         rotation=_rotation(config, position_BT),
         meta=meta,
     )
@@ -143,12 +148,10 @@ def _meta_rows(
     if cache is None and document_BT is None:
         mask = Mask(causal=True)  # columns are in order, and padding comes last
     else:
-        key_order, key_document = order_BM, document_BM
         if cache is not None:
-            key_order, key_document = cache.extend_meta(order_BM, document_BM)
-        allowed = key_order[:, None, :] <= order_BM[:, :, None]
-        # Padding columns share an order and, per sequence, a document, so that no query is left without a key.
-        allowed = allowed & (key_document[:, None, :] == document_BM[:, :, None])
+            allowed = cache.extend_meta(order_BM, document_BM, index_BM)
+        else:
+            allowed = see_earlier(order_BM, document_BM, order_BM, document_BM)
         mask = Mask(causal=False, allowed_BTS=allowed, document_BT=None)
     offset_B1 = torch.arange(batch, device=index_BM.device)[:, None] * length
     return MetaRows((index_BM + offset_B1).flatten(), is_real_BM, mask, _rotation(config, position_BM))

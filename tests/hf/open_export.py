@@ -69,6 +69,10 @@ def main(directory: str, probe_file: str, resaved: str) -> dict:
     found["cache_agrees"] = torch.equal(
         generated, model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=False)
     )
+    caches = (model.make_cache(100, sinks=0), model.make_cache(2))
+    pruned = [model.generate(**batch, max_new_tokens=8, do_sample=False, past_key_values=cache) for cache in caches]
+    found["pruned_agrees"] = torch.equal(generated, pruned[0])
+    found["pruned_rows"] = caches[1].decoding.causal[0][0].shape[2]
     greedy = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
     found["generated_meta"] = int((greedy == config.meta_token_id).sum())
     free = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, suppress_tokens=[])

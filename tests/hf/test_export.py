@@ -105,6 +105,11 @@ def test_an_extended_model_without_megameta(extended: dict) -> None:
     assert float((other - probe["logits"]).abs().max()) > 1e-2 * float(probe["logits"].abs().max()), "scaling matters"
 
 
+def test_a_cache_that_drops_rows_without_megameta(opened: dict) -> None:
+    assert opened["pruned_agrees"]
+    assert opened["pruned_rows"] <= 4 + 1 + 1  # sinks, the window without the next row, the meta-token
+
+
 def test_tokenizer_of_the_export_parses_the_meta_token(opened: dict) -> None:
     assert opened["ids"] == opened["tokenizer"].encode_prompt("the<|meta|> sea")
     assert opened["ids"].count(opened["model_config"].meta_token_id) == 1

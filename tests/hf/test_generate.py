@@ -1,11 +1,15 @@
 """``generate`` with the meta branch's own cache."""
 
+import oracle
 import pytest
 import torch
 from hf_cases import make_pair, padded_batch
+from model_cases import reference_state
+from test_pruning import forbidden
 from transformers import DynamicCache
 
 from megameta.hf.cache import MegametaCache
+from megameta.model import KeepRule
 
 
 def generate(wrapper, ids, mask=None, **arguments):
@@ -109,3 +113,45 @@ def test_caches_that_are_not_supported(kind: str) -> None:
     config, _, wrapper = make_pair()
     with pytest.raises(ValueError, match=f"cache_implementation='{kind}' is not supported"):
         generate(wrapper, padded_batch(config)[0], cache_implementation=kind)
+
+
+def greedy_by_the_oracle(config, model, row: torch.Tensor, rule: KeepRule, steps: int) -> torch.Tensor:
+    """A sequence without padding, a full pass of float64 a token, with a mask that forbids what the rule drops."""
+    for _ in range(steps):
+        mask = forbidden(rule, row[None] == config.meta_token_id, None)
+        logits = oracle.forward(config, reference_state(model), row[None], forbidden_BTT=mask)
+        row = torch.cat((row, logits[0, -1].argmax()[None]))
+    return row
+
+
+@pytest.mark.parametrize("position", ["rope", "ape"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_cache_that_drops_rows(position: str, chunk: int | None) -> None:
+    """Left-padded and ragged, read whole and by chunks: each sequence as the definition has it, alone."""
+    config, model, wrapper = make_pair(position=position)
+    ids, mask = padded_batch(config)
+    cache = wrapper.make_cache(3, sinks=1)
+    chunks = {} if chunk is None else {"prefill_chunk_size": chunk}
+    output = generate(wrapper, ids, mask, past_key_values=cache, **chunks)
+    assert not torch.equal(output, generate(wrapper, ids, mask))
+    for row, keep, found in zip(ids, mask, output):
+        expected = greedy_by_the_oracle(config, model, row[keep.bool()], KeepRule(3, 1), 10)
+        assert torch.equal(found[-len(expected) :], expected)
+    assert isinstance(cache, MegametaCache) and cache.get_seq_length() == 23
+    assert cache.decoding.causal[0][0].shape[2] < 12
+    cache.reset()
+    assert torch.equal(output, generate(wrapper, ids, mask, past_key_values=cache))
+
+
+def test_beams_over_a_cache_that_drops_rows() -> None:
+    config, _, wrapper = make_pair()
+    ids, mask = padded_batch(config)
+    beams = {"num_beams": 4, "num_return_sequences": 2}
+    full = generate(wrapper, ids, mask, **beams)
+    assert torch.equal(full, generate(wrapper, ids, mask, past_key_values=wrapper.make_cache(30, sinks=0), **beams))
+    dropped = generate(wrapper, ids, mask, past_key_values=wrapper.make_cache(3), **beams)
+    assert not torch.equal(full, dropped)
+    alone = generate(wrapper, ids[1:2], mask[1:2], past_key_values=wrapper.make_cache(3), **beams)
+    assert torch.equal(dropped[2:4], alone)
+    with pytest.raises(ValueError, match="has dropped rows, so it cannot go back"):
+        generate(wrapper, ids[1:2], mask[1:2], past_key_values=wrapper.make_cache(3), prompt_lookup_num_tokens=3)

@@ -23,26 +23,38 @@ def forward(
     token_BT: Tensor,
     position_BT: Tensor | None = None,
     document_BT: Tensor | None = None,
+    forbidden_BTT: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, T, vocab_size). ``state`` may hold leaves that require gradients; padding of the vocabulary is cut."""
+    """Logits (B, T, vocab_size). ``state`` may hold leaves that require gradients; padding of the vocabulary is cut.
+
+    ``forbidden_BTT`` (bool): further rows that a row may not look at, in either branch.
+    """
     logits = []
     for row, token_T in enumerate(token_BT):
         length = len(token_T)
         position_T = torch.arange(length) if position_BT is None else position_BT[row % len(position_BT)]
         document_T = torch.zeros(length, dtype=torch.long) if document_BT is None else document_BT[row]
-        logits.append(_sequence(config, state, token_T, position_T, document_T))
+        forbidden_TT = None if forbidden_BTT is None else forbidden_BTT[row]
+        logits.append(_sequence(config, state, token_T, position_T, document_T, forbidden_TT))
     return torch.stack(logits)
 
 
-def _sequence(config: ModelConfig, state: State, token_T: Tensor, position_T: Tensor, document_T: Tensor) -> Tensor:
+def _sequence(
+    config: ModelConfig,
+    state: State,
+    token_T: Tensor,
+    position_T: Tensor,
+    document_T: Tensor,
+    forbidden_TT: Tensor | None,
+) -> Tensor:
     is_meta_T = token_T == config.meta_token_id
     x = embed(config, state, token_T, position_T)
     for layer in range(config.num_layers):
         block = f"blocks.{layer}."
-        a = x + causal_branch(config, state, layer, x, is_meta_T, position_T, document_T)
+        a = x + causal_branch(config, state, layer, x, is_meta_T, position_T, document_T, forbidden_TT)
         source = x if config.parallel_residual else a
         if config.meta_attention and (config.meta_layers is None or layer in config.meta_layers):
-            a = a + meta_branch(config, state, layer, source, is_meta_T, position_T, document_T)
+            a = a + meta_branch(config, state, layer, source, is_meta_T, position_T, document_T, forbidden_TT)
         source = x if config.parallel_residual else a
         x = a + mlp(config, state, block + "mlp.", norm(config, state, block + "norm_2", source))
     h = norm(config, state, "head.norm", x)
@@ -62,32 +74,47 @@ def embed(config: ModelConfig, state: State, token_T: Tensor, position_T: Tensor
     return x
 
 
-def causal_mask(document_T: Tensor) -> Tensor:
-    """C, with document ends: 0 where row i may see row j, −∞ elsewhere (T, T)."""
+def causal_mask(document_T: Tensor, forbidden_TT: Tensor | None = None) -> Tensor:
+    """C, with document ends: 0 where row i may see row j, −∞ elsewhere (T, T), and where that is forbidden."""
     row = torch.arange(len(document_T))
     allowed = (row[None, :] <= row[:, None]) & (document_T[None, :] == document_T[:, None])
+    if forbidden_TT is not None:
+        allowed = allowed & ~forbidden_TT
     return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -math.inf)
 
 
 def causal_branch(
-    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, document_T: Tensor
+    config: ModelConfig,
+    state: State,
+    layer: int,
+    x: Tensor,
+    is_meta_T: Tensor,
+    position_T: Tensor,
+    document_T: Tensor,
+    forbidden_TT: Tensor | None = None,
 ) -> Tensor:
     """What causal attention adds to the residual stream (T, D)."""
     h = norm(config, state, f"blocks.{layer}.norm_1", x)
-    return _attention(
-        config, state, f"blocks.{layer}.attention.", layer, h, is_meta_T, position_T, causal_mask(document_T)
-    )
+    mask = causal_mask(document_T, forbidden_TT)
+    return _attention(config, state, f"blocks.{layer}.attention.", layer, h, is_meta_T, position_T, mask)
 
 
 def meta_branch(
-    config: ModelConfig, state: State, layer: int, x: Tensor, is_meta_T: Tensor, position_T: Tensor, document_T: Tensor
+    config: ModelConfig,
+    state: State,
+    layer: int,
+    x: Tensor,
+    is_meta_T: Tensor,
+    position_T: Tensor,
+    document_T: Tensor,
+    forbidden_TT: Tensor | None = None,
 ) -> Tensor:
     """What the meta branch adds to the residual stream (T, D)."""
     both = is_meta_T[:, None] & is_meta_T[None, :]
     meta_mask = torch.zeros(both.shape, dtype=torch.float64).masked_fill(~both, -math.inf)
     h = norm(config, state, f"blocks.{layer}.norm_meta", x)
     prefix = f"blocks.{layer}.meta_attention."
-    mask = causal_mask(document_T) + meta_mask
+    mask = causal_mask(document_T, forbidden_TT) + meta_mask
     return _attention(config, state, prefix, layer, h, is_meta_T, position_T, mask)
 
 
