@@ -62,19 +62,30 @@ def checkpoint_to_hf(
 
 
 def hf_to_checkpoint(directory: str | Path, output_dir: str | Path) -> Path:
-    """Write an export's weights as a checkpoint, which ``init.from_checkpoint`` takes.
+    """Write an export's weights as a checkpoint, which ``init.from_checkpoint`` takes; one tensor in memory at a time.
+
+    A GPT-2 or GPT-NeoX from elsewhere becomes what ``init.from_hf`` makes of it with the default run.seed.
 
     Raises:
-        UserError: see ``import_from_hf``; or the output exists.
+        UserError: see ``read_hf_model``; or the output exists.
     """
     from megameta.checkpoint import save_weights
-    from megameta.hf.importer import import_from_hf
+    from megameta.config import RunConfig
+    from megameta.data.tokenizer import load_tokenizer
+    from megameta.hf.importer import read_hf_model
+    from megameta.hf.start import start_model, start_weights
+    from megameta.model import ModelConfig
 
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another output")
-    imported = import_from_hf(directory)
-    save_weights(output, imported.config, imported.tensors, imported.tokenizer_dir)
+    source = read_hf_model(directory)
+    config, tensors = source.config, source.tensors
+    if source.is_foreign:
+        tokenizer = load_tokenizer(source.tokenizer_dir) if source.tokenizer_dir is not None else None
+        config = ModelConfig(**start_model(source, tokenizer, directory))
+        tensors = start_weights(directory, config, RunConfig().run.seed)
+    save_weights(output, config, tensors, source.tokenizer_dir)
     return output
 
 

@@ -119,6 +119,8 @@ class Trainer:
             LOG.info("%s", line)
         if checkpoint:
             LOG.info("going on from %s", checkpoint.path)
+        elif start := config.init.from_hf or config.init.from_checkpoint:
+            LOG.info("weights from %s", start)
 
     def _open_records(self) -> None:
         self.metrics: MetricsFile | None = None
