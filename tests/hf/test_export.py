@@ -129,6 +129,10 @@ def test_training_and_saving_again(opened: dict) -> None:
     assert import_from_hf(resaved).config.vocab_size == opened["model_config"].vocab_size  # and can be read back
 
 
+def test_the_collator_comes_with_the_model(opened: dict) -> None:
+    assert opened["collated"] == [8, 32, opened["tokenizer"].eod_id]
+
+
 def test_initial_weights_of_remote_code(opened: dict) -> None:
     assert abs(opened["fresh_std"] * 6**0.5 / 0.02 - 1) < 0.1
 
