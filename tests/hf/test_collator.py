@@ -52,10 +52,10 @@ def test_number_of_meta_tokens(fraction: float) -> None:
 def test_padding_labels_and_masks() -> None:
     collator = MetaTokenCollator(META, fraction=0.25, pad_token_id=3)
     prompt = {"input_ids": [20, 21, META, 23, 24, 25], "labels": [-100, -100, -100, 23, 24, 25]}
-    padded = {"input_ids": [0, 0, 30, 31, 32], "attention_mask": [0, 0, 1, 1, 1]}
+    padded = {"input_ids": [0, 0, 30, META, 31, 32], "attention_mask": [0, 0, 1, 1, 1, 1]}
     batch = collator([prompt, padded])
     length = batch["attention_mask"].sum(dim=1).tolist()
-    assert length == [8, 4] and batch["input_ids"].shape == (2, 8)
+    assert length == [8, 5] and batch["input_ids"].shape == (2, 8)
     for row, kept in enumerate([[20, 21, 23, 24, 25], [30, 31, 32]]):
         ids, labels = (batch[name][row, : length[row]] for name in ("input_ids", "labels"))
         assert ids[ids != META].tolist() == kept
@@ -63,7 +63,7 @@ def test_padding_labels_and_masks() -> None:
         # a text token's label is itself, where it has a loss
         assert ((labels == ids) | (labels == -100)).all()
     assert [label for label in batch["labels"][0].tolist() if label != -100] == [23, 24, 25]
-    assert batch["input_ids"][1, 4:].eq(3).all() and batch["labels"][1, 4:].eq(-100).all()
+    assert batch["input_ids"][1, 5:].eq(3).all() and batch["labels"][1, 5:].eq(-100).all()
 
 
 def test_the_number_of_labels_is_the_number_of_targets() -> None:
