@@ -1,4 +1,4 @@
-"""An export under transformers' Trainer and PEFT, with the code that lies in it: megameta's loss, and what is trained."""
+"""An export under transformers' Trainer and PEFT, by the code that lies in it: megameta's loss, and what is trained."""
 
 from pathlib import Path
 from typing import Any
