@@ -37,10 +37,13 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "eval": ["lm-eval[hf]>=0.4"],
+        "finetune": ["accelerate>=1.1", "peft>=0.17"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "accelerate>=1.1",
+            "peft>=0.17",
             "ruff>=0.9",
             "mypy>=1.10",
             "pre-commit>=3.7",

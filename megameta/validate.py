@@ -10,6 +10,8 @@ def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     """What is wrong with a configuration for a world of this size on "cpu" or "cuda": keys and a remedy, each."""
     found = [*_model_and_data(config), *_batch(config, world_size), *_steps(config), *_finetune(config)]
     found += _analysis(config)
+    if config.init.from_checkpoint is not None and config.init.from_hf is not None:
+        found.append("init.from_checkpoint and init.from_hf both say where the weights start: take one away")
     return found + layout_problems(config, device)
 
 

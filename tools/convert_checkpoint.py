@@ -19,9 +19,15 @@ def parse_arguments() -> argparse.Namespace:
     to_hf.add_argument("--output", required=True, metavar="DIR")
     to_hf.add_argument("--tokenizer", metavar="PATH", help="default: the one in the run's configuration")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
+    to_hf.add_argument(
+        "--audit", metavar="DIR", help="of the training data, by tools/audit_corpus.py; goes into the model card"
+    )
     to_hf.add_argument("--overwrite", action="store_true", help="replace an existing model directory")
     from_hf = commands.add_parser("from-hf", help="write a checkpoint for init.from_checkpoint")
-    from_hf.add_argument("source", metavar="DIR", help="directory that to-hf wrote, or that was saved again since")
+    from_hf.add_argument(
+        "source", metavar="DIR", help="what to-hf wrote, or what was saved again since; or a GPT-2 or GPT-NeoX"
+    )
     from_hf.add_argument("--output", required=True, metavar="CHECKPOINT_DIR")
     return parser.parse_args()
 
@@ -40,6 +46,8 @@ def main() -> None:
             tokenizer=arguments.tokenizer,
             dtype=arguments.dtype,
             overwrite=arguments.overwrite,
+            max_shard_size=arguments.max_shard_size,
+            audit=arguments.audit,
         )
         print(f"wrote {output}; its reloaded logits equal the training model's. Try it:\n  {next_step(output)}")
     else:

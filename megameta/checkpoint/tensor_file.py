@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -144,16 +145,21 @@ class LazyTensors(Mapping[str, Tensor]):
 class StoredTensors(LazyTensors):
     """The tensors of some safetensors files. Only headers are read until one is asked for; nothing is kept.
 
+    Args:
+        ignored: names that are left out, whatever their type (buffers that some programs store).
+
     Raises:
         UserError: a file is not readable as safetensors, holds another type than floats, or repeats a name.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], ignored: re.Pattern[str] | None = None) -> None:
         self._entries: dict[str, TensorEntry] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
+                    if ignored is not None and ignored.search(name):
+                        continue
                     if name in self._paths:
                         raise UserError(f"{path}: holds {name}, which {self._paths[name]} holds, too; copy both again")
                     piece = file.get_slice(name)

@@ -8,6 +8,7 @@ import torch
 
 from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError
+from megameta.hf.shards import open_shards
 from megameta.parallel.launch import pick_device
 
 
@@ -43,11 +44,12 @@ def generate(
 
 
 def _load(directory: Path) -> Any:
+    open_shards(directory)  # pickles are refused before anything opens them
     kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind == "megameta":
         from megameta.hf.modeling import MegametaForCausalLM
 
-        return MegametaForCausalLM.from_pretrained(directory)
+        return MegametaForCausalLM.from_pretrained(directory, use_safetensors=True)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, trust_remote_code=False)

@@ -244,6 +244,9 @@ class InitSection(Section):
 
     from_checkpoint: str | None = None
     """Start anew from the weights (alone) of this checkpoint or run directory."""
+    from_hf: str | None = None
+    """Start anew from a HuggingFace directory: a GPT-2 or GPT-NeoX, which gets a meta-token and a meta branch that adds
+    nothing at first, or an export. Gives model, and data.tokenizer where that is left out."""
 
 
 class LogSection(Section):

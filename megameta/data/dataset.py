@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megameta.config import DataSection
-from megameta.data.counter_random import choose, make_key
+from megameta.data.meta_places import meta_positions, periodic_positions
 from megameta.data.samples import Samples, Text
 from megameta.errors import UserError
 
@@ -69,16 +69,6 @@ class SampleFormat:
     def sequence_length(self) -> int:
         """Slots T."""
         return self.text_per_sample + self.num_meta_tokens
-
-
-def meta_positions(seed: int, index: int, length: int, count: int) -> Ints:
-    """Slots of the meta-tokens of sample ``index``: a pure function of (seed, index), ascending (spec §1)."""
-    return choose(make_key(seed, "meta-tokens", index), length, count)
-
-
-def periodic_positions(length: int, count: int) -> Ints:
-    """Slots of ``count`` evenly spaced meta-tokens, ascending: the middle of each of as many equal parts (ours)."""
-    return (2 * np.arange(count, dtype=np.int64) + 1) * length // (2 * max(1, count))
 
 
 def build_sample(text: Text, index: int, form: SampleFormat) -> Sample:

@@ -333,7 +333,7 @@ def _load_with_transformers(path: Path) -> tuple["tokenizers.Tokenizer", dict[st
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path))
+        loaded = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         backend = loaded.backend_tokenizer
     except Exception as error:  # transformers raises many types for a missing or broken tokenizer
         first = str(error).strip().splitlines() or [type(error).__name__]

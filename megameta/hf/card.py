@@ -1,6 +1,6 @@
 """The model card (README.md) of an export."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megameta.model import ModelConfig
@@ -15,8 +15,9 @@ def make_card(
     """Markdown with a YAML header.
 
     Args:
-        card: license, language, datasets and base_model go into the header, ``name`` is the title; every other entry
-            becomes a section of that name: a mapping a table, a list bullet points, anything else a paragraph.
+        card: license, language, datasets and base_model go into the header, ``name`` is the title, ``limits`` are added
+            to those that are known; every other entry becomes a section of that name: a mapping a table, a list bullet
+            points, anything else a paragraph.
         stock: whether the export is transformers' own GPT-2.
     """
     import yaml
@@ -32,11 +33,11 @@ def make_card(
     parts.append(f"{num_parameters / 1e6:.1f} M parameters, stored as {dtype}.\n")
     parts.append(_how_to_load(stock, has_tokenizer))
     for key, value in card.items():
-        if key not in (*_HEADER_KEYS, "name"):
+        if key not in (*_HEADER_KEYS, "name", "limits"):
             parts.append(f"## {key.replace('_', ' ').capitalize()}\n\n{_section(value)}")
     values = {name: value for name, value in config.to_dict().items() if name != "attention_backend"}
     parts.append(f"## Configuration\n\n{_section(values)}")
-    parts.append(_limits(config, stock))
+    parts.append(_limits(config, stock, card.get("limits", [])))
     return "\n".join(parts)
 
 
@@ -80,7 +81,7 @@ def _how_to_load(stock: bool, has_tokenizer: bool) -> str:
     return f"## How to load it\n\n```python\n{code}\n```\n{note}"
 
 
-def _limits(config: ModelConfig, stock: bool) -> str:
+def _limits(config: ModelConfig, stock: bool, more: Sequence[str]) -> str:
     lines = [
         f"- Trained on sequences of up to {config.max_position_embeddings} tokens.",
         f"- The meta-token (`<|meta|>`) has id {config.meta_token_id}; it is suppressed in generation."
@@ -91,7 +92,7 @@ def _limits(config: ModelConfig, stock: bool) -> str:
         lines.append(
             '- Caches that do not grow (`cache_implementation="static"`) and attention outputs are not supported.'
         )
-    return "## Limits\n\n" + "\n".join(lines) + "\n"
+    return "## Limits\n\n" + "\n".join([*lines, *(f"- {line}" for line in more)]) + "\n"
 
 
 def _section(value: Any) -> str:
@@ -105,4 +106,6 @@ def _section(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        text = f"{value:,}"
     return text.replace("|", "\\|").replace("\n", " ")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def export_to_hf(
     *,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write safetensors, config.json, generation_config.json, the modeling file, tokenizer files and a model card.
 
@@ -56,6 +58,7 @@ def export_to_hf(
         dtype: of the stored weights; default: that of the tensors.
         overwrite: replace an existing export.
         max_shard_size: weights are split into files of at most this size.
+        files: what the card shows, by name.
 
     Returns:
         The directory.
@@ -69,6 +72,7 @@ def export_to_hf(
     config = dataclasses.replace(config, attention_backend="auto")
     check_tensors(config, tensors, "the model to export")
     _check_tokenizer(config, tokenizer)
+    _check_shard_size(max_shard_size)
     stored = cast(tensors, dtype)
     num_parameters = sum(math.prod(stored.shape(name)) for name in stored)
     stored_dtype = stored.entry(next(iter(stored))).dtype
@@ -89,6 +93,8 @@ def export_to_hf(
             has_tokenizer=tokenizer is not None,
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (directory / name).write_bytes(content)
         verify_export(directory, config, stored)
     return output
 
@@ -102,6 +108,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"{output} is not a HuggingFace model directory, so it is not overwritten: choose another output"
         )
+
+
+def _check_shard_size(size: str) -> None:
+    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)?[KMGT]B", size, re.IGNORECASE):
+        raise UserError(f"the largest size of a file of weights is {size!r}: write it like 500MB or 5GB")
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:

@@ -1,9 +1,10 @@
-"""The baseline as transformers' own GPT2LMHeadModel, which needs no remote code.
+"""transformers' own GPT2LMHeadModel: the baseline written as one, which needs no remote code, and any of them read.
 
 GPT-2 keeps query, key and value in one matrix, stores matrices transposed (Conv1D: inputs × outputs), and has biases
 everywhere; where the training model has none, they are zero.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megameta.checkpoint.tensor_file import MadeTensors, TensorEntry, entry_of
-from megameta.errors import UserError
+from megameta.checkpoint.tensor_file import LazyTensors, MadeTensors, TensorEntry, entry_of
+from megameta.hf.foreign import HFValues
 from megameta.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 
 #: Section of config.json that holds what GPT2Config cannot say (the meta-token's id, whether there were biases).
 CONFIG_SECTION = "megameta"
+#: Buffers that older versions of transformers stored among the weights: causal masks.
+IGNORED = re.compile(r"\.attn\.(masked_)?bias$")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+#: Names of activations in configurations; gelu_new and gelu_fast are the tanh form in other spellings.
+HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 #: Export ← training model, inside a block; matrices are transposed, and c_attn joins three.
 _BLOCK = {
     "ln_1": "norm_1",
@@ -115,41 +126,78 @@ def _bias(tensors: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
     return torch.cat(biases)
 
 
-def from_gpt2(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The inverse of ``to_gpt2``; biases are kept where the model had them or where they are no longer zero.
-
-    Args:
-        values: the contents of config.json.
+def read_gpt2_config(values: HFValues) -> dict[str, Any]:
+    """Fields of ``ModelConfig``, but the vocabulary's, of a GPT-2 from elsewhere.
 
     Raises:
-        UserError: a GPT-2 that was not exported by this project.
+        UserError: it computes something that the training model cannot.
     """
-    if CONFIG_SECTION not in values:
-        raise UserError("this GPT-2 was not exported by megameta: its config.json has no section megameta")
-    own = dict(values[CONFIG_SECTION])
-    own["bias"] = own["bias"] or any(
-        bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".bias") and tensor.ndim == 1
-    )
-    config = ModelConfig(**own)
-    prefix = "transformer."
-    result = {
-        "embedding.tokens.weight": tensors[f"{prefix}wte.weight"],
-        "embedding.positions.weight": tensors[f"{prefix}wpe.weight"],
+    values.expect("scale_attn_weights", True, default=True)
+    values.expect("scale_attn_by_inverse_layer_idx", False, default=False)
+    values.expect("add_cross_attention", False, default=False)
+    width = values.get("n_embd", 768)
+    return {
+        "hidden_size": width,
+        "num_layers": values.get("n_layer", 12),
+        "num_heads": values.get("n_head", 12),
+        "num_key_value_heads": values.get("n_head", 12),
+        "intermediate_size": values.get("n_inner", None) or 4 * width,
+        "position": "ape",
+        "max_position_embeddings": values.get("n_positions", 1024),
+        "norm": "layernorm",
+        "norm_eps": values.get("layer_norm_epsilon", 1e-5),
+        "bias": True,
+        "activation": values.choice("activation_function", HF_ACTIVATIONS, default="gelu_new"),
+        "qk_norm": False,
+        "parallel_residual": False,
+        "tie_embeddings": values.get("tie_word_embeddings", True),
     }
-    if not config.tie_embeddings:
-        result["head.output.weight"] = tensors["lm_head.weight"]
+
+
+def read_gpt2_section(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration that ``make_gpt2_config`` stored; with biases also where they are no longer zero."""
+    own = dict(values[CONFIG_SECTION])
+    biases = [name for name in tensors if name.endswith(".bias")]
+    own["bias"] = own["bias"] or any(bool(tensors[name].any()) for name in biases)
+    return ModelConfig(**own)
+
+
+def from_gpt2(config: ModelConfig, stored: LazyTensors) -> MadeTensors:
+    """Canonical tensors from GPT2LMHeadModel's (or GPT2Model's, whose names lack a prefix): the inverse of ``to_gpt2``,
+    each made when it is asked for. Biases are left out where the configuration has none.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    prefix = "" if "wte.weight" in stored else "transformer."
+    made: dict[str, tuple[TensorEntry, Callable[[], Tensor]]] = {}
+
+    def same(target: str, source: str) -> None:
+        made[target] = (stored.entry(source)._replace(name=target), partial(stored.__getitem__, source))
 
     def both(targets: tuple[str, ...], source: str) -> None:
-        weight, bias = tensors[f"{prefix}{source}.weight"], tensors[f"{prefix}{source}.bias"]
-        weights = weight.T.chunk(len(targets)) if weight.ndim == 2 else (weight,)
-        for target, one_weight, one_bias in zip(targets, weights, bias.chunk(len(targets))):
-            result[f"{target}.weight"] = one_weight.contiguous()
-            if config.bias:
-                result[f"{target}.bias"] = one_bias.clone()
+        for leaf in ("weight", "bias") if config.bias else ("weight",):
+            entry = stored.entry(f"{prefix}{source}.{leaf}")
+            *inputs, rows = entry.shape
+            shape = (rows // len(targets), *inputs)
+            for number, target in enumerate(targets):
+                name = f"{target}.{leaf}"
+                piece = partial(_piece, stored, entry.name, number * shape[0], shape[0])
+                made[name] = (TensorEntry(name, shape, entry.dtype), piece)
 
+    same("embedding.tokens.weight", f"{prefix}wte.weight")
+    same("embedding.positions.weight", f"{prefix}wpe.weight")
     for layer in range(config.num_layers):
         for source, target in _BLOCK.items():
             both((f"blocks.{layer}.{target}",), f"h.{layer}.{source}")
         both(tuple(f"blocks.{layer}.{target}" for target in _QKV), f"h.{layer}.attn.c_attn")
     both(("head.norm",), "ln_f")
-    return config, result
+    if not config.tie_embeddings:
+        same("head.output.weight", "lm_head.weight")
+    return MadeTensors(made)
+
+
+def _piece(stored: Mapping[str, Tensor], name: str, start: int, count: int) -> Tensor:
+    """Some outputs of a matrix, which is transposed, or of a vector."""
+    piece = stored[name][..., start : start + count]
+    return (piece.T if piece.ndim == 2 else piece).contiguous()

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megameta.hf.cache import MegametaCache, as_megameta_cache
+from megameta.hf.collator import MetaTokenCollator
 from megameta.hf.configuration import MegametaConfig
 from megameta.model.context import make_context
 from megameta.model.gpt import Block, Embedding, make_norm
@@ -162,6 +163,15 @@ class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
         self.model = MegametaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def meta_token_collator(self, **options: Any) -> MetaTokenCollator:
+        """A data collator for training this model, which injects its meta-token; ``options``: of the collator."""
+        config, ids = self.config, self.generation_config or self.config
+        pad_id = next((i for i in (ids.pad_token_id, ids.eos_token_id) if isinstance(i, int)), 0)
+        options.setdefault("pad_token_id", pad_id)
+        if config.position == "ape":
+            options.setdefault("max_length", config.max_position_embeddings)
+        return MetaTokenCollator(config.meta_token_id, **options)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from megameta.model import ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: What weights in pickles are called; only named in a message.
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> MadeTensors:
@@ -71,24 +74,59 @@ def write_shards(directory: Path, tensors: LazyTensors, max_shard_size: str) -> 
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def open_shards(directory: Path) -> StoredTensors:
-    """The tensors of an export's files, read when they are asked for.
+def widened(tensors: LazyTensors) -> MadeTensors:
+    """The same tensors, 16-bit ones as float32."""
+
+    def make(name: str) -> Tensor:
+        return tensors[name].to(wide[name])
+
+    narrow = (torch.float16, torch.bfloat16)
+    entries = [tensors.entry(name) for name in tensors]
+    wide = {entry.name: torch.float32 if entry.dtype in narrow else entry.dtype for entry in entries}
+    return MadeTensors(
+        {entry.name: (entry._replace(dtype=wide[entry.name]), partial(make, entry.name)) for entry in entries}
+    )
+
+
+def open_shards(directory: Path, ignored: re.Pattern[str] | None = None) -> StoredTensors:
+    """The tensors of a HuggingFace directory's safetensors files, read when they are asked for.
+
+    Args:
+        ignored: names that are left out (buffers that older versions of transformers stored).
 
     Raises:
-        UserError: a file is missing or damaged, or the index does not say what the files hold.
+        UserError: a file is missing or damaged, the index does not say what the files hold, or there are only pickles.
     """
     path = directory / INDEX_FILE
     if not path.is_file():
-        return StoredTensors([directory / WEIGHTS_FILE])
+        _expect_safetensors(directory)
+        return StoredTensors([directory / WEIGHTS_FILE], ignored)
     try:
         weight_map: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not readable ({error}); export the model again") from error
     for file in files:
-        names = set(StoredTensors([directory / file]))
+        if Path(file).name != file:
+            raise UserError(f"{path} points out of its directory: {file}")
+        names = set(StoredTensors([directory / file], ignored))
         listed = {name for name, where in weight_map.items() if where == file}
+        listed -= {name for name in listed if ignored is not None and ignored.search(name)}
         if names != listed:
             wrong = ", ".join(sorted(names ^ listed)[:3])
             raise UserError(f"{path}: does not say what {file} holds ({wrong}); export the model again")
-    return StoredTensors([directory / file for file in files])
+    return StoredTensors([directory / file for file in files], ignored)
+
+
+def _expect_safetensors(directory: Path) -> None:
+    """Refuse a directory without model.safetensors; what it may hold in its place is never opened."""
+    if (directory / WEIGHTS_FILE).is_file():
+        return
+    others = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if not others:
+        raise UserError(f"{directory / WEIGHTS_FILE} is missing, and there is no {INDEX_FILE}: copy the weights there")
+    raise UserError(
+        f"{directory} holds {others[0]} and no {WEIGHTS_FILE}: only safetensors are read, because a pickle can run any"
+        " code when it is opened. If you trust where it comes from, convert it in Python with transformers:"
+        f" AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(NEW_DIRECTORY)"
+    )

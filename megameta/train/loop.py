@@ -114,6 +114,8 @@ class Trainer:
             LOG.info("%s", line)
         if checkpoint:
             LOG.info("going on from %s", checkpoint.path)
+        elif start := config.init.from_hf or config.init.from_checkpoint:
+            LOG.info("weights from %s", start)
         if (heartbeat := self.place.monitor.heartbeat) is not None:
             heartbeat.step = heartbeat.saved_step = self.state.step
 

@@ -22,13 +22,20 @@ from megameta.parallel.topology import Topology
 def load_run_config(
     path: str | os.PathLike[str], overrides: list[str] | None = None, *, need_files: bool = True
 ) -> RunConfig:
-    """The configuration with what follows from its files filled in: the vocabulary from data.tokenizer, the window of
-    learned positions from data.sequence_length.
+    """The configuration with what follows from its files filled in: the model from init.from_hf, the vocabulary from
+    data.tokenizer, the window of learned positions from data.sequence_length.
 
     Args:
-        need_files: whether a tokenizer that is not there is an error (it is not for ``config show`` and ``check``).
+        need_files: whether a tokenizer or init.from_hf that is not there is an error (it is not for ``config show`` and
+            ``check``).
     """
     raw = load_raw(path, overrides)
+    sections = [raw.get(name) or {} for name in ("init", "model", "data")]
+    start = sections[0].get("from_hf") if all(isinstance(section, dict) for section in sections) else None
+    if isinstance(start, str) and (need_files or os.path.exists(start)):
+        from megameta.hf.start import start_values
+
+        raw = start_values(raw, start)
     places = key_places(path, overrides or [])
     config = build_config(raw, str(path), places)
     given = raw.get("model") or {}
@@ -124,7 +131,7 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         if shape != expected[name]:
             wrong.append(f"{name}: shape {list(shape)}, the model has {list(expected[name])}")
     if wrong:
-        raise UserError("\n  ".join(["the checkpoint's weights do not fit the model:", *sorted(wrong)[:20]]))
+        raise UserError("\n  ".join(["the weights to start from do not fit the model:", *sorted(wrong)[:20]]))
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -156,7 +163,11 @@ def fill_parameters(
 
 
 def initial_weights(config: RunConfig, topology: Topology) -> Mapping[str, Tensor] | None:
-    """Weights of init.from_checkpoint, None where the run starts from drawn ones. Collective."""
+    """Weights of init.from_checkpoint or init.from_hf, None where the run starts from drawn ones. Collective."""
+    if config.init.from_hf is not None:
+        from megameta.hf.start import start_weights
+
+        return start_weights(config.init.from_hf, config.model, config.run.seed)
     if config.init.from_checkpoint is None:
         return None
     return open_checkpoint(config.init.from_checkpoint, topology).weights()

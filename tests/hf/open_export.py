@@ -78,6 +78,10 @@ def main(directory: str, probe_file: str, resaved: str) -> dict:
     free = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, suppress_tokens=[])
     found["generated_meta_unsuppressed"] = int((free[:, ids.shape[1] :] == config.meta_token_id).sum())
 
+    collator = model.meta_token_collator(fraction=0.25, seed=5)
+    slots = collator([{"input_ids": list(range(20, 44)), "index": 9}])["input_ids"][0]
+    found["collated"] = [int((slots == config.meta_token_id).sum()), len(slots), collator.pad_token_id]
+
     found["losses"] = train_three_steps(model, ids, mask)
 
     model.eval()

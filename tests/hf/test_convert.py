@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from megameta.checkpoint import load_weights, save_weights
 from megameta.errors import UserError
-from megameta.hf.convert import card_from_run, checkpoint_to_hf, hf_to_checkpoint
+from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -52,8 +51,14 @@ def test_there_and_back_is_bitwise(checkpoint: Path, monkeypatch: pytest.MonkeyP
 
     assert run_tool(monkeypatch, "to-hf", checkpoint, "--output", "hf dir") == 1
     assert "hf dir exists already" in capsys.readouterr().err
-    assert run_tool(monkeypatch, "to-hf", checkpoint, "--output", "hf dir", "--overwrite", "--dtype", "float16") == 0
+    again = ("to-hf", checkpoint, "--output", "hf dir", "--overwrite", "--dtype", "float16")
+    assert run_tool(monkeypatch, *again) == 0
     assert {t.dtype for t in load_file("hf dir/model.safetensors").values()} == {torch.float16}
+    assert run_tool(monkeypatch, *again, "--max-shard-size", "20KB") == 0
+    shards = list(Path("hf dir").glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1 and not Path("hf dir/model.safetensors").exists()
+    assert run_tool(monkeypatch, *again, "--max-shard-size", "small") == 1
+    assert "write it like 500MB or 5GB" in capsys.readouterr().err
     assert run_tool(monkeypatch, "from-hf", "hf dir", "--output", "back") == 1
     assert "back exists already" in capsys.readouterr().err
 
@@ -101,19 +106,3 @@ def test_the_card_names_the_layers_of_the_branch(tmp_path: Path) -> None:
     assert json.loads((output / "config.json").read_text())["meta_layers"] == [0, 2]
     hf_to_checkpoint(output, tmp_path / "back")
     assert load_weights(tmp_path / "back")[0].model.meta_layers == (0, 2)
-
-
-def test_card_from_run(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 3.0, "note": "x"}\n{"step": 1, "eval": {"valid": {"loss": 2.5, "bits_per_byte": null}}}\n'
-        '{"step": 2, "loss": 2.0}\n{"st'  # killed while writing
-    )
-    data = SimpleNamespace(sources={"": ["/somewhere/private/books_text_document"]}, sequence_length=64)
-    run_config = SimpleNamespace(data=data, train=SimpleNamespace(num_steps=2))
-    for source in (tmp_path, tmp_path / "checkpoints" / "step_2"):
-        card = card_from_run(run_config, source)
-        assert card == {
-            "training": {"data.sequence_length": 64, "train.num_steps": 2},
-            "training_data": ["books_text_document"],
-            "results": {"step": 2, "loss": 2.0, "valid: loss": 2.5},
-        }

@@ -134,6 +134,10 @@ def test_training_and_saving_again(opened: dict) -> None:
     assert import_from_hf(resaved).config.vocab_size == opened["model_config"].vocab_size  # and can be read back
 
 
+def test_the_collator_comes_with_the_model(opened: dict) -> None:
+    assert opened["collated"] == [8, 32, opened["tokenizer"].eod_id]
+
+
 def test_initial_weights_of_remote_code(opened: dict) -> None:
     assert abs(opened["fresh_std"] * 6**0.5 / 0.02 - 1) < 0.1
 
@@ -161,13 +165,36 @@ def test_files(opened: dict) -> None:
     assert [path.name for path in opened["root"].iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_round_trip_is_bitwise(case: dict, tmp_path: Path) -> None:
-    config, tensors = export_small(tmp_path / "export", **case)
-    imported = import_from_hf(tmp_path / "export")
+#: Each case with a type of its own, in one file and in many; every type and size meets many cases.
+FORMS = [
+    (case, dtype, size)
+    for number, case in enumerate([*CASES, *({**BASELINE, "bias": bias} for bias in (False, True))])
+    for dtype, size in [
+        (None, "5GB"),
+        ((torch.float32, torch.bfloat16, torch.float16)[number % 3], ("20KB", "5GB")[number // 3 % 2]),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "size"), FORMS, ids=[f"{case_id(case)}-{dtype}-{size}" for case, dtype, size in FORMS]
+)
+def test_round_trip_is_bitwise(case: dict, dtype: torch.dtype | None, size: str, tmp_path: Path) -> None:
+    """16-bit weights come back widened; exported again in their type, they are the same files."""
+    config = small_config(attention_backend="auto", **case)
+    tensors = tensors_of(small_model(config, torch.float32, vocab_multiple=1))
+    place, again = tmp_path / "export", tmp_path / "again"
+    export_to_hf(config, tensors, place, dtype=dtype, max_shard_size=size)
+    assert (place / "model.safetensors.index.json").exists() == (size == "20KB")
+    imported = import_from_hf(place)
     assert imported.config == config and imported.tokenizer_dir is None
     assert imported.tensors.keys() == tensors.keys()
-    assert all(torch.equal(imported.tensors[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(imported.tensors[name], tensors[name].to(dtype).float()) for name in tensors)
+    if dtype is not None:
+        export_to_hf(imported.config, imported.tensors, again, dtype=dtype, max_shard_size=size)
+        assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+            path.name: path.read_bytes() for path in place.iterdir()
+        }
 
 
 @pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["megameta", "gpt2"])
@@ -287,7 +314,7 @@ def test_import_refuses_what_is_damaged(tmp_path: Path) -> None:
             import_from_hf(path)
     (path / "config.json").write_text(config)
     (path / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="not readable as safetensors"):
         import_from_hf(path)
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
