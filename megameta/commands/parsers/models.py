@@ -3,6 +3,13 @@
 import argparse
 
 from megameta.commands.parsers.common import Commands
+from megameta.errors import UserError
+
+
+POLICY_HELP = (
+    "where meta-tokens stand: none; those given as <|meta|> in the text (default); every N-th slot; at the ends of"
+    " segments (after newlines)"
+)
 
 
 def add_models(commands: Commands) -> None:
@@ -29,6 +36,15 @@ def _add_evaluate(commands: Commands) -> None:
         metavar="BUCKETS",
         help="also by position in the sequence, in as many parts",
     )
+    harness = evaluate.add_argument_group("lm-eval's tasks", "on an export; pip install 'megameta[eval]'")
+    add = harness.add_argument
+    add("--tasks", default=None, metavar="TASK,…", help="run these in place of held-out sets")
+    add("--include-path", default=None, metavar="DIR", help="of task files beside lm-eval's own")
+    add("--meta-policy", default="given", choices=("none", "given", "every", "segments"), help=POLICY_HELP)
+    add("--meta-every", type=int, default=10, metavar="N", help="of policy every: every N-th slot (10)")
+    add("--num-fewshot", type=int, default=None, metavar="N")
+    add("--limit", type=float, default=None, metavar="N", help="examples of each task; below 1 a share of them")
+    add("--batch-size", type=int, default=8, metavar="N")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -45,6 +61,22 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        from megameta.commands.evaluate_harness import evaluate_harness
+
+        if arguments.overrides or arguments.by_position:
+            raise UserError("--tasks takes no overrides of a run and no --by-position")
+        return evaluate_harness(
+            arguments.source,
+            arguments.tasks.split(","),
+            policy=arguments.meta_policy,
+            every=arguments.meta_every,
+            include_path=arguments.include_path,
+            num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            json_path=arguments.json,
+        )
     from megameta.commands.evaluate import evaluate
 
     return evaluate(arguments.source, arguments.overrides, json_path=arguments.json, buckets=arguments.by_position)
