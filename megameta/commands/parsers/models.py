@@ -5,7 +5,6 @@ import argparse
 from megameta.commands.parsers.common import Commands
 from megameta.errors import UserError
 
-
 POLICY_HELP = (
     "where meta-tokens stand: none; those given as <|meta|> in the text (default); every N-th slot; at the ends of"
     " segments (after newlines)"
