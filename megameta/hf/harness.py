@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         self.model, self.tokens, self.policy = model, tokenizer, policy
         self.batch_size = batch_size
         self.max_length = max_length or model.config.max_position_embeddings
-        self.device = str(next(model.parameters()).device)
+        self._device = str(next(model.parameters()).device)
 
     # --- text -------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ Training puts M = k · T of them at random places among T slots. At inference th
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class MetaTokenInserter(LogitsProcessor):
         self.policy = policy
         self._padding_B = None if prompt_mask_BT is None else (prompt_mask_BT == 0).sum(dim=1).tolist()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, T) ids so far and (B, V) scores to scores."""
         policy, length = self.policy, input_ids.shape[1]
         padding = self._padding_B or [0]
