@@ -21,6 +21,7 @@ SOURCES = (
     "model.gpt",
     "hf.configuration",
     "hf.cache",
+    "hf.insertion",
     "hf.modeling",
 )
 MODELING_FILE = "modeling_megameta.py"
