@@ -25,6 +25,7 @@ SOURCES = (
     "hf.collator",
     "hf.configuration",
     "hf.cache",
+    "hf.insertion",
     "hf.modeling",
 )
 MODELING_FILE = "modeling_megameta.py"

@@ -5,6 +5,12 @@ import shlex
 import sys
 
 from megameta.commands.parsers.common import Commands
+from megameta.errors import UserError
+
+POLICY_HELP = (
+    "where meta-tokens stand: none; those given as <|meta|> in the text (default); every N-th slot; at the ends of"
+    " segments (after newlines)"
+)
 
 
 def add_models(commands: Commands) -> None:
@@ -32,18 +38,41 @@ def _add_evaluate(commands: Commands) -> None:
         metavar="BUCKETS",
         help="also by position in the sequence, in as many parts",
     )
+    harness = evaluate.add_argument_group("lm-eval's tasks", "on an export; pip install 'megameta[eval]'")
+    add = harness.add_argument
+    add("--tasks", default=None, metavar="TASK,…", help="run these in place of held-out sets")
+    add("--include-path", default=None, metavar="DIR", help="of task files beside lm-eval's own")
+    add("--meta-policy", default="given", choices=("none", "given", "every", "segments"), help=POLICY_HELP)
+    add("--meta-every", type=int, default=10, metavar="N", help="of policy every: every N-th slot (10)")
+    add("--num-fewshot", type=int, default=None, metavar="N")
+    add("--limit", type=float, default=None, metavar="N", help="examples of each task; below 1 a share of them")
+    add("--batch-size", type=int, default=8, metavar="N")
     evaluate.set_defaults(run=_evaluate)
 
 
 def _add_generate(commands: Commands) -> None:
-    generate = commands.add_parser("generate", help="continue a prompt with a HuggingFace export")
-    generate.add_argument("source", metavar="EXPORT")
-    generate.add_argument("--prompt", required=True, help="text; <|meta|> in it is the meta-token")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations, when sampling")
+    generate = commands.add_parser("generate", help="continue prompts with a HuggingFace export")
+    add = generate.add_argument
+    add("source", metavar="EXPORT")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="<|meta|> in it is the meta-token; may be repeated",
+    )
+    add("--prompts-file", default=None, metavar="FILE", help="a prompt a line")
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="slots to write, meta-tokens among them (100)")
+    add("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt, when sampling")
+    add("--meta-policy", default="given", choices=("none", "given", "every", "segments"), help=POLICY_HELP)
+    add("--meta-every", type=int, default=10, metavar="N", help="of policy every: every N-th slot (10)")
+    add("--show-meta", action="store_true", help="print meta-tokens too")
+    add("--speed", action="store_true", help="print slots and text tokens a second")
     generate.set_defaults(run=_generate)
 
 
@@ -73,22 +102,40 @@ def _add_analyze(commands: Commands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        from megameta.commands.evaluate_harness import evaluate_harness
+
+        if arguments.overrides or arguments.by_position:
+            raise UserError("--tasks takes no overrides of a run and no --by-position")
+        return evaluate_harness(
+            arguments.source,
+            arguments.tasks.split(","),
+            policy=arguments.meta_policy,
+            every=arguments.meta_every,
+            include_path=arguments.include_path,
+            num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            json_path=arguments.json,
+        )
     from megameta.commands.evaluate import evaluate
 
     return evaluate(arguments.source, arguments.overrides, json_path=arguments.json, buckets=arguments.by_position)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from megameta.commands.generate import generate
+    from megameta.commands.generate import Sampling, generate, read_prompts
 
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "num_samples")
     return generate(
         arguments.source,
-        arguments.prompt,
+        read_prompts(arguments.prompt, arguments.prompts_file),
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        num_samples=arguments.num_samples,
+        sampling=Sampling(**{name: getattr(arguments, name) for name in names}),
+        policy=arguments.meta_policy,
+        every=arguments.meta_every,
+        show_meta=arguments.show_meta,
+        speed=arguments.speed,
     )
 
 
