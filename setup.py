@@ -44,6 +44,7 @@ setup(
             "hypothesis>=6.100",
             "accelerate>=1.1",
             "peft>=0.17",
+            "lm-eval[hf]>=0.4",
             "ruff>=0.9",
             "mypy>=1.10",
             "pre-commit>=3.7",
