@@ -6,13 +6,15 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import pytest
-from analysis_cases import run_megameta, subject_of
+from analysis_cases import subject_of
 
 from megameta.analysis.findings import Finding
 from megameta.analysis.registry import ANALYSES, Options
 from megameta.analysis.report import PAGE, write_report
+from megameta.cli import main
 from megameta.commands.analyze import analyze
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
@@ -56,10 +58,16 @@ def check_report(directory, names: set[str] | None = None) -> str:
     return page
 
 
-def test_a_run(trained, tmp_path):
-    ended = run_megameta(trained, "analyze", "run", "--samples", "4", "--output", str(tmp_path / "out"))
-    assert ended.returncode == 0, ended.stderr
-    assert "Warning" not in ended.stderr and "next: open it" in ended.stdout
+@pytest.mark.filterwarnings("error::UserWarning:matplotlib")
+def test_a_run(trained, tmp_path, monkeypatch, capsys):
+    """The whole report, by the command line."""
+    words = ["analyze", "run", "--samples", "4", "--output", str(tmp_path / "out")]
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(sys, "argv", ["megameta", *words])
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    assert "next: open it" in capsys.readouterr().out
     page = check_report(tmp_path / "out")
     assert "megameta analyze run --samples 4" in page and "seed 7 (run.seed)" in page
     assert {"Attention", "Residual stream", "Meta branch"} <= set(re.findall("<h2>(.*?)</h2>", page))
