@@ -26,7 +26,7 @@ COLOURS = {
 def draw_figure1(scores: Scores, scale: Scale, path: Path) -> None:
     """A column a task: accuracy at the longest trained length after each phase, the paper's dashed; learning curves
     below. Bars are 95 % intervals over seeds, or over examples where there is one seed."""
-    tasks = scale.tasks.names
+    tasks = [task for task in scale.tasks.names if scores.pick(task=task)]
     figure, axes = _axes(2, len(tasks))
     last = scale.phases[-1]
     for column, task in enumerate(tasks):
@@ -37,6 +37,7 @@ def draw_figure1(scores: Scores, scale: Scale, path: Path) -> None:
             _learning_curve(bottom, scores, arm, task, last)
         top.set_title(task.replace("_", " "))
         top.set_xticks(range(len(scale.phases)), [str(bound) for bound in scale.phases])
+        top.set_xlim(-0.5, len(scale.phases) - 0.5)
         top.set_xlabel("fine-tuned up to (tokens)")
         bottom.set_xlabel("step of fine-tuning")
         for place in (top, bottom):
