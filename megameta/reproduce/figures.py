@@ -99,7 +99,7 @@ def _axes(rows: int, columns: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(7.0, 3.6 * columns + 1), 3.4 * rows + 1.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(8.6, 3.6 * columns + 1), 3.4 * rows + 1.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed
     return figure, figure.subplots(rows, columns, squeeze=False)
 
