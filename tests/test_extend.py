@@ -50,7 +50,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_continued_pretraining(here, capsys):
-    before = build_config(values_of(data__skip=[[3, 5]], deepspeed__steps_per_print=7))
+    before = build_config(values_of(data__skip=[[3, 5]], deepspeed__steps_per_print=7, init__from_hf="pythia"))
     path = make_run(before)
     extend("runs/base", [], factor=4.0)
     file = here / "base-yarn4.yaml"
@@ -58,6 +58,7 @@ def test_continued_pretraining(here, capsys):
     assert {key: getattr(after.model, key) for key in YARN4} == YARN4
     assert (after.data.sequence_length, after.model.max_position_embeddings) == (128, 128)
     assert after.init.from_checkpoint == str(path) and after.run.dir == "runs/base-yarn4"
+    assert after.init.from_hf is None, "the run's own weights, not those that it began with"
     assert (after.train.global_batch_size, after.train.micro_batch_size) == (6, 1), "as many slots a step"
     assert after.train.num_steps == 100 and after.checkpoint.interval == after.eval.interval == 25
     o = after.optimizer

@@ -110,7 +110,7 @@ def extended_config(
     growth = wanted / config.data.sequence_length
     values = config.to_dict()
     values["run"]["dir"] = run_dir
-    values["init"]["from_checkpoint"] = weights
+    values["init"] = {"from_checkpoint": weights}
     values["data"] |= {"sequence_length": int(wanted), "skip": []}
     values["model"] |= {
         "position_scaling": method,

@@ -56,7 +56,10 @@ def verify_export(directory: str | Path, config: ModelConfig, tensors: Mapping[s
         shutil.rmtree(directory / "__pycache__", ignore_errors=True)
         sys.modules.pop(_MODULE_NAME, None)
     if not torch.isfinite(expected_BTV).all():
-        raise UserError("the model to export gives logits that are not finite: its weights are damaged or diverged")
+        raise UserError(
+            "the model to export gives logits that are not finite: its weights are damaged, have diverged, or are too"
+            " large for the type to be stored (--dtype bfloat16 and float32 hold larger numbers than float16)"
+        )
     difference = float((logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max().clamp(min=1e-30))
     if not difference <= TOLERANCE:
         raise UserError(

@@ -262,6 +262,16 @@ def test_a_diverged_model_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    config = small_config()
+    tensors = tensors_of(small_model(config, torch.float32, vocab_multiple=1))
+    tensors["blocks.0.mlp.up_proj.weight"] *= 1e6
+    with pytest.raises(UserError, match="too large for the type"):
+        export_to_hf(config, tensors, tmp_path / "export", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    export_to_hf(config, tensors, tmp_path / "export", dtype=torch.bfloat16)
+
+
 def test_existing_output(tmp_path: Path) -> None:
     export_small(tmp_path / "export")
     before = (tmp_path / "export" / "model.safetensors").read_bytes()
