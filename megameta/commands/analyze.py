@@ -127,10 +127,31 @@ def _run(
         start = time.perf_counter()
         with console.status(f"{name}: {analysis.help}"):
             found = analysis.load()(options) if analysis.needs == "nothing" else analysis.load()(subject, options)
+        if name == "cache" and subject is not None:
+            found = [*found, *_on_tasks(subject, options, left_out)]
         findings += found
         took = duration(time.perf_counter() - start)
         console.print(f"{place}: {len(found)} figures, {took}", soft_wrap=True, highlight=False, markup=False)
     return findings, left_out
+
+
+def _on_tasks(subject: "Subject", options: Options, left_out: dict[str, str]) -> list[Finding]:
+    """The cache on test examples of the last phase, where the model was fine-tuned on tasks."""
+    from megameta.analysis.cache_sizes import task_finding
+    from megameta.parallel.topology import Topology
+    from megameta.tasks.finetune import TaskEvaluator
+
+    tuning = subject.config.finetune
+    if tuning.directory is None:
+        return []
+    if not Path(tuning.directory).is_dir():
+        left_out["cache, on tasks"] = f"{tuning.directory} is not there: finetune.directory=DIR says where it is"
+        return []
+    wanted = {"eval_bins": tuning.phases[-1:], "eval_examples": options.num_samples}
+    config = subject.config.model_copy(update={"finetune": tuning.model_copy(update=wanted)})
+    evaluator = TaskEvaluator(config, Topology(device=subject.device))
+    sets = {name: [batch.to(subject.device) for batch in evaluator.batches(name)] for name in evaluator.sets}
+    return [task_finding(subject, sets, options)] if sets else []
 
 
 def _ran(command: str, subject: "Subject | None", options: Options, seconds: float) -> dict[str, str]:
