@@ -19,7 +19,7 @@ from model_cases import small_model
 
 from megameta.checkpoint import load_weights, open_checkpoint, save_weights
 from megameta.commands.evaluate import load_source
-from megameta.commands.generate import generate
+from megameta.commands.generate import Sampling, generate
 from megameta.data.tokenizer import load_huggingface_tokenizer
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
