@@ -121,9 +121,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "init.from_hf, the configuration": lambda place: start_values({}, str(place)),
     "init.from_hf, the weights": lambda place: start_weights(place, None, 0),  # type: ignore[arg-type]  # fails before
     "megameta evaluate": lambda place: load_source(str(place), []),
-    "megameta generate": lambda place: generate(
-        str(place), "the", max_new_tokens=1, temperature=0.0, top_p=1.0, seed=0, num_samples=1
-    ),
+    "megameta generate": lambda place: generate(str(place), ["the"], max_new_tokens=1, sampling=Sampling()),
 }
 
 
