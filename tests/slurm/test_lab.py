@@ -130,7 +130,6 @@ def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     assert records(run) == records(whole) and hashes(run) == hashes(whole)
 
 
-@pytest.mark.skip(reason="failed once in a run of the whole suite and passes alone: not understood yet")
 def test_a_cancelled_job_stays_cancelled(lab, place):
     run = place / "cancelled"
     job = submit(lab, place, "cancelled")
