@@ -14,6 +14,7 @@ from megameta.analysis.entropy import (
     head_rows,
     overall,
 )
+from megameta.analysis.estimates import Estimate
 from megameta.analysis.findings import Finding
 from megameta.analysis.observe import zeroed_meta_embedding
 from megameta.analysis.plots import BLACK, GREY, META, OTHER, TEXT, finish, line
@@ -74,12 +75,9 @@ def _by_layer(subject: Subject, found: dict[str, Tensor], twin: dict[str, Tensor
             axes.axhline(0, color="black", linewidth=0.6)
             finish(axes, "layer", label, ticks=layers)
 
-    rows: list[dict[str, Any]] = []
-    for layer in layers:
-        rows.append({"layer": layer})
-        for name, label in CHANGES.items():
-            rows[-1] |= per_layer[name][layer].columns(f"change of {label}")
-        rows[-1] |= by_layer(relative)[layer].columns("boost relative to text keys")
+    named = {f"change of {label}": per_layer[name] for name, label in CHANGES.items()}
+    named["boost relative to text keys"] = by_layer(relative)
+    rows = [{"layer": layer, **_columns(named, layer)} for layer in layers]
     return Finding(
         name="boost",
         section=SECTION,
@@ -109,6 +107,10 @@ def _by_layer(subject: Subject, found: dict[str, Tensor], twin: dict[str, Tensor
         },
         size=(9.0, 4.6),
     )
+
+
+def _columns(named: dict[str, list[Estimate]], layer: int) -> dict[str, Any]:
+    return {column: x for name, values in named.items() for column, x in values[layer].columns(name).items()}
 
 
 def _by_head(found: dict[str, Tensor]) -> Finding:

@@ -27,6 +27,7 @@ from megameta.analysis.plots import BLACK, META, OTHER, TEXT, finish, line
 from megameta.analysis.registry import Options
 from megameta.analysis.subject import Subject
 from megameta.data.loader import Batch
+from megameta.intervals import wilson
 
 SECTION = "Meta-token cache"
 #: Windows as shares of the sequence.
@@ -178,7 +179,5 @@ def _task_finding(options: Options, found: dict[str, list[RuleResult]]) -> Findi
 
 def accuracy(scored: Scored) -> Estimate:
     """Share of sequences all of whose targets were the likeliest token; Wilson's 95 % interval."""
-    count, share, z = len(scored.exact_N), float(scored.exact_N.mean()), 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    right = scored.exact_N.sum()
+    return Estimate(float(scored.exact_N.mean()), *wilson(int(right), len(scored.exact_N)))

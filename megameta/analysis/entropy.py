@@ -15,6 +15,8 @@ from megameta.analysis.subject import Subject
 #: What the paper reports for its 152 M model (spec §6): mean drop of entropy (nats), mean rise of the largest logit.
 PAPER_ENTROPY_DROP, PAPER_LARGEST_RISE = 1.40, 1.26
 SECTION = "Attention"
+#: Label → values by layer, colour, line style, marker.
+Curves = dict[str, tuple[list[Estimate], str, str, str]]
 
 
 def by_layer(value_CNH: Tensor) -> list[Estimate]:
@@ -81,15 +83,6 @@ def _by_layer(
         finish(left, "layer", "entropy of a text query (nats)", ticks=layers)
         finish(right, "layer", "entropy / ln(number of visible keys)", ticks=layers)
 
-    rows = []
-    for layer in range(len(alone["entropy"])):
-        row: dict[str, Any] = {"layer": layer}
-        for name, (values, *_) in curves.items():
-            row |= values[layer].columns(f"{name} (nats)")
-        for name, (values, *_) in normalised.items():
-            row |= values[layer].columns(f"{name} (normalised)")
-        row |= by_layer(alone["entropy"] - inside["entropy"])[layer].columns("drop (nats)")
-        rows.append(row)
     return Finding(
         name="entropy",
         section=SECTION,
@@ -105,7 +98,7 @@ def _by_layer(
             " another comparison (see the boost figure)."
         ),
         draw=draw,
-        tables={"layers": rows},
+        tables={"layers": _layer_rows(curves, normalised, by_layer(alone["entropy"] - inside["entropy"]))},
         facts={
             "sequences": inside["entropy"].shape[1],
             "entropy drop (nats)": str(drop),
@@ -119,6 +112,17 @@ def _by_layer(
         },
         size=(9.0, 4.6),
     )
+
+
+def _layer_rows(curves: Curves, normalised: Curves, drops: list[Estimate]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for layer, drop in enumerate(drops):
+        rows.append({"layer": layer})
+        for shown, unit in ((curves, "nats"), (normalised, "normalised")):
+            for name, (values, *_) in shown.items():
+                rows[-1] |= values[layer].columns(f"{name} ({unit})")
+        rows[-1] |= drop.columns("drop (nats)")
+    return rows
 
 
 def _by_head(subject: Subject, inside: dict[str, Tensor], alone: dict[str, Tensor]) -> Finding:

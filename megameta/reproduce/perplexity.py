@@ -52,38 +52,7 @@ def perplexity_values(experiment: Experiment) -> list[Perplexity]:
 
 def perplexity_parts(values: list[Perplexity], experiment: Experiment, directory: Path) -> list[str]:
     """Tables: perplexity by model, differences of losses by seed."""
-    scale = experiment.scale
-    rows = []
-    for arm in scale.arms:
-        seeds = [value.seed for value in values if value.arm == arm]
-        if not seeds:
-            continue
-        raw = experiment.pretraining(ARMS[arm], seeds[0])
-        seen = _text_tokens(experiment, arm, seeds[0])
-        flops = training_flops(raw, step_count(raw))
-        for injected in (True, False):
-            found = [value for value in values if value.arm == arm and value.injected == injected]
-            if not found:
-                continue
-            note = (
-                ""
-                if not ARMS[arm].meta_tokens
-                else ", meta-tokens injected"
-                if injected
-                else ", read without meta-tokens"
-            )
-            bits = [value.bits_per_byte for value in found if value.bits_per_byte is not None]
-            rows.append(
-                [
-                    ARMS[arm].title + (note if ARMS[arm].meta_tokens else ""),
-                    _spread([value.perplexity for value in found], ".2f"),
-                    _spread([value.loss for value in found], ".4f"),
-                    _spread(bits, ".4f") if bits else "–",
-                    f"{seen / 1e6:.3f}",
-                    f"{flops:.3g}",
-                    f"{found[0].targets:,}",
-                ]
-            )
+    rows = [row for arm in experiment.scale.arms for row in _rows(values, experiment, arm)]
     for name, value in paper.PERPLEXITY.items():
         title = ARMS[name].title if name in ARMS else name.capitalize()
         rows.append([f"*{title}, the paper on PG19*", str(value), *[""] * 5])
@@ -115,6 +84,33 @@ def perplexity_parts(values: list[Perplexity], experiment: Experiment, directory
         parts += ["## Differences of the loss", table(head, differences)]
         parts.append(f"Meta-tokens injected where the model has them; below 0 the first is better. {note}.")
     return [*parts, "## By position", *_positions(values, experiment, directory)]
+
+
+def _rows(values: list[Perplexity], experiment: Experiment, arm: str) -> list[list[str]]:
+    """Of one model: with meta-tokens in the text where it has them, and without."""
+    seeds = [value.seed for value in values if value.arm == arm]
+    if not seeds:
+        return []
+    raw = experiment.pretraining(ARMS[arm], seeds[0])
+    seen, flops = _text_tokens(experiment, arm, seeds[0]), training_flops(raw, step_count(raw))
+    rows = []
+    for injected, note in ((True, ", meta-tokens injected"), (False, ", read without meta-tokens")):
+        found = [value for value in values if value.arm == arm and value.injected == injected]
+        if not found:
+            continue
+        bits = [value.bits_per_byte for value in found if value.bits_per_byte is not None]
+        rows.append(
+            [
+                ARMS[arm].title + (note if ARMS[arm].meta_tokens else ""),
+                _spread([value.perplexity for value in found], ".2f"),
+                _spread([value.loss for value in found], ".4f"),
+                _spread(bits, ".4f") if bits else "–",
+                f"{seen / 1e6:.3f}",
+                f"{flops:.3g}",
+                f"{found[0].targets:,}",
+            ]
+        )
+    return rows
 
 
 def _positions(values: list[Perplexity], experiment: Experiment, directory: Path) -> list[str]:

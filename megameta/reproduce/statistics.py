@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from megameta.analysis.student import half_width
-from megameta.tasks.score import wilson
+from megameta.intervals import half_width, wilson
 
 
 @dataclass(frozen=True)

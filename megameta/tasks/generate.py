@@ -25,6 +25,8 @@ from megameta.tasks.examples import Example, encode_example, with_markers
 FORMAT = 1
 BINS = (128, 256, 512, 1024, 2048)
 _TRIES = 24
+#: Lengths drawn for one example: some of a bin that a difficulty barely fits have none.
+_LENGTHS = 200
 #: Fresh draws for an example that was drawn before; tasks have far more examples than that.
 _REDRAWS = 200
 
@@ -110,7 +112,7 @@ class Generator:
     def numbered(self, split: str, number: int, attempt: int) -> Example:
         """Example ``number`` of a split; another one for every ``attempt``."""
         low, high, difficulty = self.cells[number % len(self.cells)]
-        for nth in range(_TRIES):
+        for nth in range(_LENGTHS):
             key = ("task", self.task.name, self.options.seed, split, number, attempt, nth)
             found = self.example(Draws(*key), low, high, difficulty)
             if found is not None:

@@ -1,6 +1,5 @@
 """Scores of a model in one process: accuracy of every test example, summed up by cell, with intervals."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from megameta.config import RunConfig
+from megameta.intervals import wilson
 from megameta.parallel.topology import Topology
 from megameta.tasks.definitions import DIFFICULTIES
 from megameta.tasks.finetune import TaskEvaluator, TaskResult
@@ -27,16 +27,6 @@ class Cell:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the accuracy."""
         return wilson(round(self.result.accuracy * self.result.examples), self.result.examples)
-
-
-def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (E. B. Wilson, JASA 1927)."""
-    if count == 0:
-        return 0.0, 1.0
-    share, square = successes / count, z * z / count
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megameta.analysis.student import t_quantile
+from megameta.intervals import t_quantile
 from megameta.reproduce.report import points, verdict
 from megameta.reproduce.statistics import Estimate, accuracy_estimate, difference_estimate
 

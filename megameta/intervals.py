@@ -1,4 +1,4 @@
-"""Intervals of means over few values, such as seeds."""
+"""95 % intervals: of means over few values, such as seeds, and of proportions."""
 
 import math
 from collections.abc import Sequence
@@ -19,3 +19,13 @@ def t_quantile(freedom: int) -> float:
 def half_width(values: Sequence[float]) -> float:
     """Of the 95 % interval of a mean by Student's t; two values or more."""
     return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (E. B. Wilson, JASA 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    share, square = successes / count, z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
