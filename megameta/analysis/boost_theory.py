@@ -149,7 +149,8 @@ def _regions(options: Options) -> Finding:
             finish(
                 axes, f"probability p of the key before ({name}, R = {rest:.2f} nats)", "boost Δ of its logit (nats)"
             )
-        figure.colorbar(shown, ax=figure.axes, label="change of the entropy (nats)", ticks=[-4, -1, -0.1, 0, 0.1, 1])
+        bar = figure.colorbar(shown, ax=figure.axes, label="change of the entropy (nats)")
+        bar.set_ticks([-4, -1, -0.1, 0, 0.1, 1, 4], labels=["−4", "−1", "−0.1", "0", "0.1", "1", "4"])
 
     flat, sharp = _RESTS.values()
     return Finding(
@@ -252,7 +253,8 @@ def _slopes_and_bound() -> Finding:
         caption=(
             f"No model: {KEYS} keys, all but the boosted one equal, float64. Left: dH/dΔ = −q (ln q + H), q being the"
             " key's probability after the boost, against central differences of the entropy; they differ by at most"
-            f" {worst:.0e}. Right: by how much a boost lowers the entropy. The paper bounds it from below by a"
+            f" {worst:.0e}. Right: by how much a boost lowers the entropy, with p stretched towards 0 and 1 (logit) and"
+            " the drop logarithmic beyond 0.01 nats, which bends the curves there. The paper bounds it from below by a"
             " κ(Δ) > 0. Left of the dotted line that is false for small boosts, since the entropy rises; right of it"
             " the entropy does fall, but by as little as one likes where p nears 1: over keys up to p = 0.9 a boost of"
             f" {PAPER_BOOST} lowers it by at least {at_paper[0.9]:.3f} nats, up to 0.9999 by {at_paper[0.9999]:.4f}. So"

@@ -7,17 +7,23 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from analysis_cases import subject_of
+import yaml
+from analysis_cases import run_megameta, subject_of
+from train_cases import tiny_values, write_corpus
 
 from megameta.analysis.findings import Finding
 from megameta.analysis.registry import ANALYSES, Options
 from megameta.analysis.report import PAGE, write_report
 from megameta.cli import main
 from megameta.commands.analyze import analyze
+from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
+from megameta.tasks.generate import TaskOptions, generate
+from megameta.tasks.words import WORDS
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
 
@@ -85,6 +91,48 @@ def test_an_export_and_a_figure_by_itself(trained, tmp_path):
     for name, rows in json.loads((run / "entropy.json").read_text())["tables"].items():
         for row, other in zip(rows, numbers["tables"][name], strict=True):
             assert row == pytest.approx(other, rel=1e-9)
+
+
+def fine_tune_tiny(folder: Path) -> Path:
+    """Two layers, four steps of copying; the run."""
+    text = " ".join(WORDS) + " 0 1 2 3 4 5 6 7 8 9 Text Copy: |"
+    train_bpe(iter([text] * 3), 900, folder / "tokenizer")
+    sizes = {"tasks": ("copying",), "bins": (64,), "difficulties": ("easy",), "train": 16, "test": 6}
+    generate(TaskOptions(str(folder / "tokenizer"), str(folder / "tasks"), **sizes))
+    write_corpus(folder / "valid", seed=1)
+    values = tiny_values(
+        "",
+        run__dir=str(folder / "run"),
+        model__vocab_size=900,
+        model__meta_token_id=899,
+        data__tokenizer=str(folder / "tokenizer"),
+        data__valid=str(folder / "valid"),
+        train__num_steps=4,
+        finetune__directory=str(folder / "tasks"),
+        data__sequence_length=64,
+        model__max_position_embeddings=64,
+        finetune__phases=[64],
+    )
+    del values["data"]["train"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    ended = run_megameta(folder, "finetune", "run.yaml")
+    assert ended.returncode == 0, ended.stderr
+    return folder / "run"
+
+
+def test_cache_of_a_fine_tuned_run(tmp_path):
+    """On its tasks too; where their directory is gone, the rest with a line about it."""
+    run = fine_tune_tiny(tmp_path)
+    out = tmp_path / "out"
+    assert analyze(["cache", str(run)], output=str(out), options=FEW) == 0
+    check_report(out, {"cache-loss", "cache-tasks"})
+    record = json.loads((out / "cache-tasks.json").read_text())
+    rules = [row["rule"] for row in record["tables"]["accuracy"]]
+    assert rules.count("all rows") == 1 and set(rules) == {"all rows", "meta-tokens", "longer window", "random rows"}
+    assert record["facts"]["examples"] == {"copying/64": 3}
+    (tmp_path / "tasks").rename(tmp_path / "elsewhere")
+    assert analyze(["cache", str(run)], output=str(out), options=FEW) == 0
+    assert "finetune.directory=DIR says where it is" in check_report(out, {"cache-loss"})
 
 
 def test_the_same_numbers_again_and_in_place_of_the_report(trained, tmp_path):

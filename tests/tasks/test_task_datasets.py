@@ -166,3 +166,16 @@ def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: not an example"):
         list(read_examples(tmp_path / "a.jsonl"))
+
+
+def test_a_difficulty_that_barely_fits_a_bin(tokenizer, tmp_path, monkeypatch):
+    """Lengths are drawn until one has an example, in place of an error deep into a long job."""
+    generator = module.Generator(options(tokenizer, tmp_path), "copying", load_tokenizer(tokenizer))
+    made, tries = generator.example, []
+
+    def rarely(draws, low, high, difficulty):
+        tries.append(draws)
+        return made(draws, low, high, difficulty) if len(tries) > 60 else None
+
+    monkeypatch.setattr(generator, "example", rarely)
+    assert generator.numbered("train", 0, 0).task == "copying" and len(tries) == 61
