@@ -73,6 +73,8 @@ _SCRIPT = """\
 #
 # docs/slurm.md explains each line. USR1 comes to this script alone, as many seconds before the time limit as it says.
 set -euo pipefail
+# A warning or a preemption this early: nothing is there to save, and a script that dies of it is not requeued.
+trap '' USR1 TERM
 {own}source "${{MEGAMETA_ENV:-{env}}}"
 
 # A line each: nodes to use (the job may have got fewer than it asked for), the run directory, overrides that keep the
@@ -82,7 +84,6 @@ mapfile -t fit <<<"$fit"
 mkdir -p "${{fit[1]}}/logs"
 
 # From here on megameta stands where this script was: it passes the warning on to srun, and requeues the job or ends it.
-trap '' USR1
 exec python -m megameta slurm run{chain} "${{fit[1]}}" \\
     srun --nodes="${{fit[0]}}" --ntasks-per-node="${{SLURM_NTASKS_PER_NODE:-1}}" \\
         --cpus-per-task="$SLURM_CPUS_PER_TASK" --distribution=block:block --cpu-bind=cores --gpu-bind=none \\

@@ -38,15 +38,19 @@ def train(
     overrides: list[str],
     make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
     make_probe: MakeProbe | None = None,
+    stop: StopRequest | None = None,
 ) -> NoReturn:
     """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
     of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
+
+    Args:
+        stop: one that listens already.
     """
     # DeepSpeed calls collectives by names that torch has renamed: nothing that the reader could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    stop = StopRequest()
+    stop = StopRequest() if stop is None else stop
     stop.listen()
     place: RunPlace | None = None
     try:

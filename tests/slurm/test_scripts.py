@@ -1,7 +1,9 @@
 """The batch scripts, submit's options, fitting a run to nodes, and what SLURM's variables mean."""
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,40 @@ def test_the_scripts_are_those_that_submit_writes(command):
 def test_the_scripts_parse(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "--gres" not in path.read_text()
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_warning_that_comes_early_does_not_end_the_script(command, tmp_path):
+    """In the minute in which Python reads the configuration; SLURM would not requeue a job that dies of it."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        "#!/bin/bash\n"
+        'case "$4" in fit) kill -USR1 $PPID; kill -TERM $PPID; printf "1\\nrun\\n";; run) echo "$*";; esac\n'
+    )
+    stub.chmod(0o755)
+    (tmp_path / "env.sh").write_text(f'export PATH="{tmp_path}:$PATH"\n')
+    environment = {**os.environ, "MEGAMETA_ENV": str(tmp_path / "env.sh"), "SLURM_CPUS_PER_TASK": "1"}
+    words = ["bash", str(ROOT / "slurm" / FILES[command]), "a.yaml"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("-m megameta slurm run run srun --nodes=1"), done.stdout
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_rank_listens_before_it_imports_torch(command):
+    """The warning may come while the ranks start."""
+    code = f"""
+import os, signal, sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Hook())
+from megameta.cli import main
+main([{command!r}, "nowhere.yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("error:")) == (1, 1), done
 
 
 def test_options_reach_the_script():
