@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megameta.errors import UserError
+from megameta.errors import MachineError, UserError
 from megameta.parallel.slurm import expand_hosts, host_name, in_step, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 
@@ -27,11 +27,24 @@ GRACE_SECONDS = 20.0
 MEETING_SECONDS = 600.0
 
 
-def pick_device(wanted: str) -> str:
-    """ "cuda" or "cpu" for run.device = auto, cpu or cuda."""
+def pick_device(wanted: str, environment: Mapping[str, str] = os.environ) -> str:
+    """ "cuda" or "cpu" for run.device = auto, cpu or cuda.
+
+    Raises:
+        UserError: no GPU is seen where the configuration or SLURM says that there is one.
+    """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise UserError("run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+        raise UserError(
+            f"run.device is cuda, but torch sees no CUDA device on {host_name(environment)}; set run.device=cpu"
+        )
+    # Else this node would compute on its CPU, and wait for ever for the others, which talk over NCCL.
+    granted = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if wanted == "auto" and not available and in_step(environment) and granted != "0":
+        raise UserError(
+            f"node {host_name(environment)}: SLURM gave {granted} GPU(s) to this job there, but torch (built for CUDA"
+            f" {torch.version.cuda}) sees none: look at nvidia-smi there; --exclude the node, or set run.device=cpu"
+        )
     return "cuda" if available and wanted != "cpu" else "cpu"
 
 
@@ -71,9 +84,10 @@ def make_topology(
     if device == "cuda" and torch.cuda.device_count() == 1 and one_device_each(environment):
         number = 0
     if device == "cuda" and number >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {rank} is number {local} on its machine, which has {torch.cuda.device_count()} GPU(s);"
-            " start as many processes as there are GPUs"
+        raise MachineError(
+            f"node {host_name(environment)}: rank {rank} is number {local} on this machine, of which torch sees"
+            f" {torch.cuda.device_count()} GPU(s); start as many processes as there are GPUs, or if one is missing"
+            " (nvidia-smi), --exclude the node"
         )
     if size % (tensor_parallel_size * pipeline_parallel_size):
         raise UserError(

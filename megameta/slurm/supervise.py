@@ -6,6 +6,7 @@ where the batch shell was (``exec``), runs srun as its child and sends the warni
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def _slurmd_timeout() -> float:
 def _cancel_waiting_links(job: str) -> None:
     """Links of a chain have one job name, which holds the run's place on disk: none of another run is hit."""
     name = os.environ.get("SLURM_JOB_NAME", "")
-    if not name.startswith("megameta-"):
+    if not re.fullmatch(r"megameta-.+-[0-9a-f]{8}", name):
         return
     waiting = ask("squeue", "--noheader", "--me", "--states=PENDING", f"--name={name}", "--format=%A") or ""
     others = sorted({word for word in waiting.split() if word != job})

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
-from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, UserError
+from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
@@ -43,7 +43,8 @@ def train(
     """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
-    of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
+    of each machine (by the rank itself, where it is alone concerned). The others leave at once with the same exit code,
+    and the launcher ends those that wait for them.
 
     Args:
         stop: one that listens already.
@@ -64,7 +65,7 @@ def train(
         _leave(code)
     except UserError as error:
         code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
-        if _may_speak():
+        if isinstance(error, MachineError) or _may_speak():
             if place is not None:
                 place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -96,7 +97,7 @@ def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         dist.barrier()
         _leave(EXIT_OK)
     except UserError as error:
-        if _may_speak():
+        if isinstance(error, MachineError) or _may_speak():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _let_others_leave()
         _leave(EXIT_FAILURE)

@@ -16,7 +16,7 @@ from megameta.parallel.slurm import expand_hosts, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 from megameta.slurm.fit import fit, fit_exactly, granted
 from megameta.slurm.script import FILES, Options, render
-from megameta.slurm.submit import further_options, job_name
+from megameta.slurm.submit import further_options, job_name, seconds_of
 from megameta.validate import problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,12 +108,51 @@ def test_submit_shows_the_layout_and_quotes(tmp_path, capsys, monkeypatch):
         (["--nodes", "2", "--time", "soon"], "24:00:00"),
         (["--nodes", "7"], "56 ranks on 7 node"),  # 480 sequences do not divide by 56
         (["--nodes", "1", "--sbatch", "; rm"], "mail-type=END"),
+        (["--nodes", "1", "--sbatch", "job-name=x"], "use --name"),
+        (["--nodes", "1", "--time", "5"], "limit of 300 s"),  # it would be warned as soon as it begins
+        (["--nodes", "1", "--warning", "0"], "one second"),
+        (["--nodes", "1", "run.dir=50%j"], "%"),
     ],
 )
 def test_submit_refuses(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), *words, "--dry-run"])
     assert ended.value.code == 1 and said in capsys.readouterr().err
+
+
+def dry_run(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), "--nodes", "4", *words, "--dry-run"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_a_chain_keeps_its_name_and_what_it_waits_for(capsys):
+    out = dry_run(capsys, "run.dir=a/b", "--chain", "2", "--name", "mine", "--sbatch", "dependency=afterok:5")
+    assert "--dependency=afterok:5,singleton\n" in out and f"--job-name={job_name(Path('a/b'), 'mine')}\n" in out
+    alone = dry_run(capsys, "--name", "mine", "--sbatch", "dependency=afterok:5")
+    assert "--dependency=afterok:5\n" in alone and "--job-name=mine\n" in alone
+
+
+def test_the_environment_is_a_file_by_its_whole_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEGAMETA_ENV", str(tmp_path / "other.sh"))
+    mine = tmp_path / "my env.sh"
+    assert "not there yet: " + str(mine) in dry_run(capsys, "--env", str(mine))
+    mine.touch()
+    out = dry_run(capsys, "--env", str(mine))
+    assert f"source '{mine}'\n" in out and "not there yet: /" not in out
+    assert f"source {tmp_path / 'other.sh'}\n" in dry_run(capsys)
+    with pytest.raises(SystemExit):
+        main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), f"run.dir={tmp_path}/r", "--nodes", "4"])
+    assert "copy slurm/env.sh" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("1-12", 129600), ("1-2:03:04", 93784), ("1-0:30", 88200)],
+)
+def test_time_limits(text, seconds):
+    assert seconds_of(text) == seconds and seconds_of(text + "x") is None
 
 
 def test_further_options_and_names(tmp_path):
@@ -195,7 +234,7 @@ def test_tasks_that_see_one_gpu_each(monkeypatch):
     assert not one_device_each({}) and not one_device_each({"SLURM_GPU_BIND": "none"})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert make_topology("cuda", environment={**SRUN, "SLURM_GPUS_PER_TASK": "1"}).device == "cuda:0"
-    with pytest.raises(UserError, match="rank 3 is number 1"):
+    with pytest.raises(UserError, match="rank 3 is number 1 on this machine"):
         make_topology("cuda", environment=SRUN)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert make_topology("cuda", environment=SRUN).device == "cuda:1"

@@ -49,7 +49,7 @@ def start(cluster: Path, body: str, *options: str) -> subprocess.Popen:
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-    environment |= {"SLURM_JOB_NAME": "megameta-x-1234", "SLURM_JOB_NODELIST": "n[1-2]", "PYTHONPATH": str(ROOT)}
+    environment |= {"SLURM_JOB_NAME": "megameta-x-12345678", "SLURM_JOB_NODELIST": "n[1-2]", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code, "slurm", "run", *options, str(cluster / "run"), sys.executable, str(program)]
     with (cluster / "said").open("w") as said:
         return subprocess.Popen(words, env=environment, stderr=said, stdout=said)
