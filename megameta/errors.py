@@ -21,6 +21,10 @@ class UserError(Exception):
     """
 
 
+class MachineError(UserError):
+    """A fault of one machine that not all ranks there have: the rank that has it says so itself."""
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's ``main`` and exit: 0 or what it returns, 1 with the message alone for a user's mistake."""
     try:

@@ -18,17 +18,19 @@ export SLURM_UNBUFFEREDIO=1                        # the same, of srun
 # export GLOO_SOCKET_IFNAME=ib0            # the same for gloo
 # The InfiniBand adapters of the data network: without it NCCL also takes ones that carry storage or Ethernet.
 # export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_2,mlx5_3
-# A failed collective brings the process down rather than let its GPU work on with garbage: torch's default, said here
-# because older scripts turn it off.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# A failed collective brings the process down (3, torch's default) rather than let its GPU work on with garbage; said here
+# because older scripts set 0, which waits for ever, or 1, which first takes NCCL apart and may hang there.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
 # How long InfiniBand waits for an answer before it sends again: 4.096 µs · 2^22 ≈ 17 s. The default, 20, is 4 s, which a
 # link that flaps or a busy fabric may take, and then the run ends.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
-# Warnings of NCCL into a file a process, not between the lines of the log; set INFO when a job hangs at its start.
+# NCCL says what went wrong, in the node's log; set INFO when a job hangs at its start, and then a file a process, because
+# hundreds of lines come from each.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # export NCCL_DEBUG_FILE=nccl-%h-%p.log
-# The last collectives of every rank are kept in memory and dumped when NCCL times out; costs nothing measurable (torch).
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+# When NCCL times out, each rank writes its last collectives (torch keeps 2000) to a file of its node: for hangs that the
+# table of the watchdog does not explain.
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-/tmp/megameta_collectives_rank_}"
 # Not set: NCCL_P2P_DISABLE, NCCL_IB_DISABLE (they hide a fault at ten times the cost), NCCL_ALGO, NCCL_PROTO (NCCL's own
 # choice is right on DGX-like nodes), CUDA_LAUNCH_BLOCKING (for hunting a fault, never for a run).

@@ -7,6 +7,7 @@ import pytest
 
 from megameta.attempt import claim
 from megameta.cli import main
+from megameta.commands import status
 from megameta.commands.status import describe, run_status
 from megameta.errors import UserError
 
@@ -34,6 +35,19 @@ def test_not_started(tmp_path, capsys):
         run_status(tmp_path / "file", NOW)
     with pytest.raises(UserError, match="not a run directory"):
         run_status(tmp_path, NOW)
+
+
+def test_submitted_and_not_started(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "submitted-20260101-000000.sbatch").write_text(
+        "#!/bin/bash\n#SBATCH --job-name=megameta-x-1\n"
+    )
+    asked = []
+    monkeypatch.setattr(status, "ask", lambda *words: asked.append(words) or "12 PENDING (Priority)\n")
+    text = "\n".join(describe(run_status(tmp_path, NOW)))
+    assert "job        12 PENDING (Priority)" in text and "next:" not in text and "--name=megameta-x-1" in asked[0]
+    monkeypatch.setattr(status, "ask", lambda *words: None)
+    assert "not in the queue" in "\n".join(describe(run_status(tmp_path, NOW)))
 
 
 def test_under_way(tmp_path):

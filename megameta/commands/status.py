@@ -1,13 +1,14 @@
 """``megameta status RUN``: where a run stands, from its files alone."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from megameta.attempt import how_it_ended, newest_attempt, saved_step
 from megameta.errors import EXIT_OK, UserError
-from megameta.parallel.slurm import job_state
+from megameta.parallel.slurm import ask, job_state
 from megameta.train.display import duration
 from megameta.train.heartbeat import DONE, FAILED, INTERVAL, STOPPED, read_heartbeat
 
@@ -35,7 +36,9 @@ def run_status(run_dir: Path, now: float) -> dict[str, Any]:
     attempt = newest_attempt(run_dir) if run_dir.is_dir() else None
     if attempt is None:
         _check_place(run_dir)
-        return {"run": str(run_dir), "state": "not started", "attempt": 0, **_from_metrics(run_dir)}
+        found = {"run": str(run_dir), "state": "not started", "attempt": 0, **_from_metrics(run_dir)}
+        jobs = _submitted(run_dir)
+        return found if jobs is None else {**found, "jobs": jobs}
     heartbeat = read_heartbeat(attempt.folder) or {}
     end = how_it_ended(attempt)
     state = heartbeat.get("phase", "starting")
@@ -59,6 +62,10 @@ def describe(found: dict[str, Any]) -> list[str]:
     """For people, a line a matter."""
     state, age = found["state"], duration(found.get("seconds_since", 0))
     lines = [f"run        {found['run']}: {state}" + f", attempt {found['attempt']}" * (found["attempt"] > 0)]
+    if state == "not started" and "jobs" in found:
+        nowhere = [f"submitted, but not in the queue: its output is in {found['run']}/logs"]
+        lines += [f"job        {job}" for job in found["jobs"] or nowhere]
+        return lines
     if state == "not started" and "step" not in found:
         return [*lines, f"next: megameta train CONFIG run.dir={found['run']}"]
     if state == "dead":
@@ -102,6 +109,16 @@ def _check_place(run_dir: Path) -> None:
         return
     if run_dir.exists():
         raise UserError(f"{run_dir}: not a run directory (no logs, config.yaml or checkpoints in it)")
+
+
+def _submitted(run_dir: Path) -> list[str] | None:
+    """Jobs of the run in SLURM's queue, each with its state and reason; None where none was ever submitted."""
+    scripts = sorted((run_dir / "logs").glob("submitted-*.sbatch"))
+    name = re.search(r"^#SBATCH --job-name=(\S+)$", scripts[-1].read_text(), re.M) if scripts else None
+    if name is None:
+        return None
+    answer = ask("squeue", "--noheader", "--me", f"--name={name.group(1)}", "--format=%A %T (%r)")
+    return (answer or "").splitlines()
 
 
 def _is_run(run_dir: Path) -> bool:

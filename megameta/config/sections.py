@@ -262,7 +262,8 @@ class ClusterSection(Section):
     """Many machines: checks before the first step, and what is watched while the run is under way."""
 
     preflight: Literal["auto", "always", "never"] = "auto"
-    """Check every node before the first step, as `megameta slurm check` does. auto: where there is more than one."""
+    """Check every node before the first step, as `megameta slurm check` does. auto: in a SLURM job, and
+    where there is more than one."""
     preflight_seconds: float = Field(120.0, gt=0)
     """Seconds that each of these checks may take."""
     min_free_gpu_memory: float = Field(0.9, ge=0, le=1)

@@ -10,14 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megameta.errors import UserError
+from megameta.errors import EXIT_LOST, MachineError, UserError
 from megameta.parallel.slurm import expand_hosts, host_name, in_step, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 
@@ -27,11 +28,24 @@ GRACE_SECONDS = 20.0
 MEETING_SECONDS = 600.0
 
 
-def pick_device(wanted: str) -> str:
-    """ "cuda" or "cpu" for run.device = auto, cpu or cuda."""
+def pick_device(wanted: str, environment: Mapping[str, str] = os.environ) -> str:
+    """ "cuda" or "cpu" for run.device = auto, cpu or cuda.
+
+    Raises:
+        UserError: no GPU is seen where the configuration or SLURM says that there is one.
+    """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise UserError("run.device is cuda, but torch sees no CUDA device; set run.device=cpu")
+        raise UserError(
+            f"run.device is cuda, but torch sees no CUDA device on {host_name(environment)}; set run.device=cpu"
+        )
+    # Else this node would compute on its CPU, and wait for ever for the others, which talk over NCCL.
+    granted = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if wanted == "auto" and not available and in_step(environment) and granted != "0":
+        raise UserError(
+            f"node {host_name(environment)}: SLURM gave {granted} GPU(s) to this job there, but torch (built for CUDA"
+            f" {torch.version.cuda}) sees none: look at nvidia-smi there; --exclude the node, or set run.device=cpu"
+        )
     return "cuda" if available and wanted != "cpu" else "cpu"
 
 
@@ -71,9 +85,10 @@ def make_topology(
     if device == "cuda" and torch.cuda.device_count() == 1 and one_device_each(environment):
         number = 0
     if device == "cuda" and number >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {rank} is number {local} on its machine, which has {torch.cuda.device_count()} GPU(s);"
-            " start as many processes as there are GPUs"
+        raise MachineError(
+            f"node {host_name(environment)}: rank {rank} is number {local} on this machine, of which torch sees"
+            f" {torch.cuda.device_count()} GPU(s); start as many processes as there are GPUs, or if one is missing"
+            " (nvidia-smi), --exclude the node"
         )
     if size % (tensor_parallel_size * pipeline_parallel_size):
         raise UserError(
@@ -91,21 +106,54 @@ def make_topology(
     )
 
 
-def initialize_process_group(topology: Topology, timeout: timedelta | None = None) -> None:
+def initialize_process_group(
+    topology: Topology, timeout: timedelta | None = None, connect_seconds: float = 120.0
+) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one.
 
     Args:
         timeout: of collectives; torch's own where there is none.
+        connect_seconds: in which ranks of an srun step, once all have come, must reach one another; else the process
+            ends with ``EXIT_LOST`` and says so: no collective can tell more, and torch would wait for ``timeout``.
     """
     srun = in_step(os.environ) and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ
     set_rendezvous(topology, os.environ)
+    connected: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if srun and topology.world_size > 1:
         _meet(topology)
-    if topology.device_type == "cuda":
-        torch.cuda.set_device(topology.device)
-        dist.init_process_group("nccl", device_id=torch.device(topology.device), timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        connected = _within(connect_seconds, topology)
+    with connected:
+        if topology.device_type == "cuda":
+            torch.cuda.set_device(topology.device)
+            dist.init_process_group("nccl", device_id=torch.device(topology.device), timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+        dist.barrier()  # NCCL connects in the first collective
+
+
+@contextlib.contextmanager
+def _within(seconds: float, topology: Topology) -> Iterator[None]:
+    """End the process where the body does not end in time: it may wait in C code that no exception reaches."""
+
+    def give_up() -> None:
+        if topology.local_rank == 0:
+            print(
+                f"error: node {host_name()}, rank {topology.rank}: all {topology.world_size} ranks have come, but do"
+                f" not connect to each other within {seconds:g} s. Do the nodes reach each other on the network that"
+                " NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name (slurm/env.sh; NCCL_DEBUG=INFO tells)?"
+                " megameta slurm check on pairs of nodes finds the bad one; cluster.preflight_seconds is the limit",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(EXIT_LOST)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _meet(topology: Topology, seconds: float = MEETING_SECONDS) -> None:

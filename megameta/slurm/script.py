@@ -1,5 +1,6 @@
 """The batch scripts of ``slurm/`` for training and fine-tuning, as text: ``submit`` writes them with other values."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,10 +19,11 @@ class Options:
     time: str = "24:00:00"
     warning: int = 300
     """Seconds before the time limit at which the run is told to save."""
-    name: str = "megameta"
+    name: str | None = None
     chain: bool = False
     exclusive: bool = True
-    env: str = "slurm/env.sh"
+    env: str | None = None
+    """A file that bash sources; none: MEGAMETA_ENV's, or else that of slurm/."""
     log: str = "slurm-%x-%j.out"
     arguments: tuple[str, ...] = ()
     """CONFIG and overrides, quoted for bash; none: those of sbatch's own command line."""
@@ -36,7 +38,7 @@ def render(options: Options) -> str:
     single = options.min_nodes is not None and options.gpus_per_node == 1
     tasks = {} if single else {"ntasks-per-node": str(options.gpus_per_node)}
     directives: dict[str, str | None] = {
-        "job-name": options.name,
+        "job-name": options.name or "megameta",
         "nodes": nodes,
         **tasks,
         "gpus-per-node": str(options.gpus_per_node),
@@ -50,7 +52,10 @@ def render(options: Options) -> str:
         "output": options.log,
         **options.more,
     }
-    lines = [f"#SBATCH --{key}" + (f"={value}" if value is not None else "") for key, value in directives.items()]
+    lines = [
+        f"#SBATCH --{key}" + (f"={shlex.quote(value)}" if value is not None else "")
+        for key, value in directives.items()
+    ]
     usage = (
         "" if options.arguments else f"# sbatch --nodes 4 slurm/{FILES[options.command]} CONFIG [section.key=value …]\n"
     )
@@ -58,7 +63,7 @@ def render(options: Options) -> str:
     return _SCRIPT.format(
         usage=usage,
         directives="\n".join(lines),
-        env=options.env,
+        env='"${MEGAMETA_ENV:-slurm/env.sh}"' if options.env is None else shlex.quote(options.env),
         own=own,
         chain=" --chain" if options.chain else "",
         command=options.command,
@@ -73,7 +78,9 @@ _SCRIPT = """\
 #
 # docs/slurm.md explains each line. USR1 comes to this script alone, as many seconds before the time limit as it says.
 set -euo pipefail
-{own}source "${{MEGAMETA_ENV:-{env}}}"
+# A warning or a preemption this early: nothing is there to save, and a script that dies of it is not requeued.
+trap '' USR1 TERM
+{own}source {env}
 
 # A line each: nodes to use (the job may have got fewer than it asked for), the run directory, overrides that keep the
 # global batch. A mistake in the configuration ends the job here.
@@ -82,7 +89,6 @@ mapfile -t fit <<<"$fit"
 mkdir -p "${{fit[1]}}/logs"
 
 # From here on megameta stands where this script was: it passes the warning on to srun, and requeues the job or ends it.
-trap '' USR1
 exec python -m megameta slurm run{chain} "${{fit[1]}}" \\
     srun --nodes="${{fit[0]}}" --ntasks-per-node="${{SLURM_NTASKS_PER_NODE:-1}}" \\
         --cpus-per-task="$SLURM_CPUS_PER_TASK" --distribution=block:block --cpu-bind=cores --gpu-bind=none \\

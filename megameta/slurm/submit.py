@@ -1,6 +1,7 @@
 """``megameta slurm submit``: show the layout, write the batch script into the run directory, hand it to sbatch."""
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,13 @@ from megameta.train.check import describe, describe_layout, missing_files
 from megameta.train.setup import load_run_config
 from megameta.validate import problems
 
+#: Options of sbatch that follow from others of submit.
+OWN = {
+    **{"job-name": "--name", "nodes": "--nodes and --min-nodes", "time": "--time", "signal": "--warning"},
+    **{"ntasks-per-node": "--gpus-per-node", "gpus-per-node": "--gpus-per-node", "cpus-per-task": "--cpus-per-task"},
+    "output": "run.dir (the output goes into its logs)",
+}
+
 
 def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1, dry_run: bool = False) -> int:
     """Submit a run as a job, or as a chain of jobs that follow one another; the exit code.
@@ -30,16 +38,20 @@ def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1,
     config = load_run_config(path, overrides, need_files=False)
     _show(config, options, device_of(config))
     run_dir = Path(config.run.dir)
-    name = options.name if options.name != Options.name else job_name(run_dir)
+    if "%" in config.run.dir:
+        raise UserError(f"run.dir {config.run.dir}: SLURM would replace what follows % in the names of logs; rename it")
     arguments = tuple(shlex.quote(word) for word in (str(Path(path).resolve()), *overrides))
     log = str(run_dir / "logs" / "%j.out")
-    options = replace(options, name=name, arguments=arguments, chain=chain > 1, log=log)
-    # The name is what holds a chain together: each link waits until no job of this name runs any more.
-    options = replace(options, more={**({"dependency": "singleton"} if chain > 1 else {}), **options.more})
+    env = Path(options.env or os.environ.get("MEGAMETA_ENV", "slurm/env.sh")).resolve()
+    options = replace(options, env=str(env), arguments=arguments, chain=chain > 1, log=log)
+    options = _as_links(options, run_dir) if chain > 1 else replace(options, name=options.name or job_name(run_dir))
     script = render(options)
+    lacking = f"{env}: no such file; copy slurm/env.sh of megameta's repository, edit it, and name it with --env"
     if dry_run:
-        print(f"\n{script}")
+        print(*([] if env.is_file() else [f"not there yet: {lacking}"]), f"\n{script}", sep="\n")
         return EXIT_OK
+    if not env.is_file():
+        raise UserError(lacking)
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine: submit from a login node of the cluster, or see --dry-run")
     file = run_dir / "logs" / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.sbatch"
@@ -49,14 +61,23 @@ def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1,
     for link in range(1, chain + 1):
         job = _sbatch(file)
         print(f"job        {job}" + (f" (link {link} of {chain})" if chain > 1 else ""))
-    print(f"output     {log.replace('%j', job)}; a log a node beside it. next: megameta status {run_dir}")
+    print(f"output     {log.replace('%j', job)}; a log a node beside it")
+    print(f"next: megameta status {shlex.quote(str(run_dir))}")
     return EXIT_OK
 
 
-def job_name(run_dir: Path) -> str:
+def _as_links(options: Options, run_dir: Path) -> Options:
+    """The name holds a chain together: each link waits until no job of its name runs any more, and the last word about
+    a run cancels those of its name that wait. So the run's directory is in it, whatever the user calls it."""
+    more = dict(options.more)
+    more["dependency"] = ",".join(filter(None, [more.get("dependency"), "singleton"]))
+    return replace(options, name=job_name(run_dir, options.name), more=more)
+
+
+def job_name(run_dir: Path, called: str | None = None) -> str:
     """Of all jobs of a run directory, and of no other's."""
     digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name)[:40]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", called or run_dir.name)[:40]
     return f"megameta-{readable}-{digest}"
 
 
@@ -67,6 +88,8 @@ def further_options(given: list[str]) -> dict[str, str | None]:
         key, equals, value = word.lstrip("-").partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
             raise UserError(f"--sbatch {word!r}: write it as --sbatch mail-type=END")
+        if key in OWN:
+            raise UserError(f"--sbatch {key}: use {OWN[key]} of megameta slurm submit")
         found[key] = value if equals else None
     return found
 
@@ -76,8 +99,30 @@ def _check_options(options: Options, chain: int) -> None:
         raise UserError("--nodes, --gpus-per-node and --chain are numbers of at least 1")
     if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:
         raise UserError(f"--min-nodes {options.min_nodes}: between 1 and --nodes {options.nodes}")
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
+    limit = seconds_of(options.time)
+    if limit is None:
         raise UserError(f"--time {options.time}: write it as SLURM does: 24:00:00, 1-12:00:00, or minutes")
+    # SLURM may warn a minute early; a job that is warned as soon as it begins would go round and round.
+    if not 1 <= options.warning <= limit - 120:
+        raise UserError(
+            f"--warning {options.warning}: the run is told to save so many seconds before the limit of {limit} s; leave"
+            " it at least two minutes before that, and one second after"
+        )
+
+
+def seconds_of(limit: str) -> int | None:
+    """Seconds of a time limit as SLURM writes it; None of anything else."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
 
 
 def _show(config: RunConfig, options: Options, device: str) -> None:

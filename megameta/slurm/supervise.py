@@ -6,6 +6,7 @@ where the batch shell was (``exec``), runs srun as its child and sends the warni
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def run_job(run_dir: Path, command: Sequence[str], *, chain: bool) -> int:
     shown = _show_job(job)
     ended = Ended(
         code=code,
-        stale=shown.get("Restarts", restart) != restart,
+        stale=_runs_elsewhere(shown, restart),
         state=job_state(job),
         kind=end.get("kind") if end is not None else None,
         failures=failures_in_a_row(read_ledger(run_dir), saved_step(run_dir)),
@@ -56,7 +57,7 @@ def run_job(run_dir: Path, command: Sequence[str], *, chain: bool) -> int:
     record |= {"saved_before": saved_before, "saved": saved_step(run_dir), "failed": decision.is_failure}
     _append(run_dir, {**record, "action": decision.action.value, "time": time.time()})
     say(f"the ranks have ended with code {code}, the job is {ended.state}: {decision.reason} → {decision.action.value}")
-    return _carry_out(decision, job)
+    return _carry_out(decision, job, restart)
 
 
 def say(line: str) -> None:
@@ -133,18 +134,27 @@ def _show_job(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def _carry_out(decision: Decision, job: str) -> int:
+def _runs_elsewhere(shown: dict[str, str], restart: str) -> bool:
+    """Whether the controller has started the job again since; False where it did not answer."""
+    return shown.get("Restarts", restart) != restart
+
+
+def _carry_out(decision: Decision, job: str, restart: str) -> int:
     if decision.action in (Action.FINISH, Action.GIVE_UP):
         _cancel_waiting_links(job)
     if decision.action is Action.WAIT:
-        _wait_for_slurm(job)
+        _wait_for_slurm(job, restart)
     if decision.action in (Action.WAIT, Action.REQUEUE):
-        return _requeue(job, decision.code)
+        return _requeue(job, restart, decision.code)
     return decision.code
 
 
-def _requeue(job: str, code: int) -> int:
+def _requeue(job: str, restart: str, code: int) -> int:
     """Put the job back into the queue; SLURM ends this process while it does."""
+    # Asked again: this node may have been cut off when the decision was made, and the controller may answer now.
+    if _runs_elsewhere(_show_job(job), restart):
+        say("the job runs elsewhere by now: not requeued")
+        return code
     state = job_state(job)
     if state is not None and state != "RUNNING":
         say(f"the job is {state or 'gone'} by now: not requeued")
@@ -156,14 +166,14 @@ def _requeue(job: str, code: int) -> int:
     return code
 
 
-def _wait_for_slurm(job: str) -> None:
+def _wait_for_slurm(job: str, restart: str) -> None:
     """Leave SLURM the time to notice the lost node: it then requeues the job without that node."""
     hosts = expand_hosts(os.environ.get("SLURM_JOB_NODELIST", "localhost"))
     limit = _slurmd_timeout() + PATIENCE
     say(f"waiting for up to {limit:.0f} s for SLURM to notice which node is gone; it requeues the job then")
     end = time.monotonic() + limit
     while time.monotonic() < end:
-        if job_state(job) not in ("RUNNING", None):
+        if job_state(job) not in ("RUNNING", None) or _runs_elsewhere(_show_job(job), restart):
             return
         shown = ask("sinfo", "--noheader", f"--nodes={','.join(hosts)}", "--Node", "--format=%N %T") or ""
         down = [line.split()[0] for line in shown.splitlines() if "down" in line.lower()]
@@ -186,7 +196,7 @@ def _slurmd_timeout() -> float:
 def _cancel_waiting_links(job: str) -> None:
     """Links of a chain have one job name, which holds the run's place on disk: none of another run is hit."""
     name = os.environ.get("SLURM_JOB_NAME", "")
-    if not name.startswith("megameta-"):
+    if not re.fullmatch(r"megameta-.+-[0-9a-f]{8}", name):
         return
     waiting = ask("squeue", "--noheader", "--me", "--states=PENDING", f"--name={name}", "--format=%A") or ""
     others = sorted({word for word in waiting.split() if word != job})

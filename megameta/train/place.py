@@ -8,7 +8,7 @@ from typing import IO
 
 import torch.distributed as dist
 
-from megameta.attempt import LOST, Attempt
+from megameta.attempt import LOST, Attempt, saved_step
 from megameta.config import RunConfig
 from megameta.errors import EXIT_LOST, UserError
 from megameta.parallel.liveness import Liveness, gather_hosts, watch_nodes
@@ -97,4 +97,5 @@ def _heartbeat(config: RunConfig, attempt: Attempt, hosts: list[str], slow: Slow
         "hosts": list(dict.fromkeys(hosts)),
         "num_steps": config.train.num_steps,
     }
-    return Heartbeat(attempt.folder / "heartbeat.json", fixed, slow)
+    step = saved_step(Path(config.run.dir))  # until the checkpoint is read: a run that starts again is not at step 0
+    return Heartbeat(attempt.folder / "heartbeat.json", fixed, slow, step=step, saved_step=step)

@@ -7,6 +7,7 @@ over all of them, each with a time limit. The judgement is a pure function of th
 
 import json
 import math
+import os
 import platform
 import secrets
 import shutil
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.parallel.slurm import in_step
 from megameta.parallel.topology import Topology
 from megameta.train.display import LOG
 from megameta.train.metrics import measure_peak_flops
@@ -76,7 +78,8 @@ def check_nodes(config: RunConfig, topology: Topology, hosts: list[str], *, alwa
         UserError: on every rank, with every problem and its node.
     """
     wanted = config.cluster.preflight
-    if not always and (wanted == "never" or (wanted == "auto" and len(set(hosts)) == 1)):
+    at_home = len(set(hosts)) == 1 and not in_step(os.environ)
+    if not always and (wanted == "never" or (wanted == "auto" and at_home)):
         return
     limit = config.cluster.preflight_seconds
     found = _gather_facts(config, topology, hosts, limit)

@@ -1,5 +1,6 @@
 """``megameta train`` on one rank: from a configuration file to an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
-from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, UserError
+from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, UserError
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
@@ -31,6 +32,8 @@ from megameta.validate import validate
 
 #: What gloo and the store say where the process at the other end is gone.
 _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed")
+#: Errors of the file system that its owner can mend, wherever they come up.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def train(
@@ -38,15 +41,20 @@ def train(
     overrides: list[str],
     make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
     make_probe: MakeProbe | None = None,
+    stop: StopRequest | None = None,
 ) -> NoReturn:
     """Run the training of a configuration on this rank, and end the process with an exit code of ``megameta.errors``.
 
     What stops the run is said once: by the rank that gets there first, or before the ranks know each other by the first
-    of each machine. The others leave at once with the same exit code, and the launcher ends those that wait for them.
+    of each machine (by the rank itself, where it is alone concerned). The others leave at once with the same exit code,
+    and the launcher ends those that wait for them.
+
+    Args:
+        stop: one that listens already.
     """
     # DeepSpeed calls collectives by names that torch has renamed: nothing that the reader could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    stop = StopRequest()
+    stop = StopRequest() if stop is None else stop
     stop.listen()
     place: RunPlace | None = None
     try:
@@ -59,14 +67,11 @@ def train(
         dist.barrier()  # nobody leaves while another rank is still in a collective
         _leave(code)
     except UserError as error:
-        code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
-        if _may_speak():
-            if place is not None:
-                place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _end(place)
-        _leave(code)
+        _refuse(error, place)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            what = f"{error.filename or 'the run directory'}: {error.strerror}"
+            _refuse(UserError(f"{what}; free space, or set run.dir to a place that can be written"), place)
         if not isinstance(error, RuntimeError) or not (_LOST.search(str(error)) or _has_been_said(place)):
             traceback.print_exc()
         elif not _has_been_said(place):
@@ -77,6 +82,17 @@ def train(
                 print(f"rank {rank} leaves: another rank has ended{_where(error)}", file=sys.stderr, flush=True)
         _end(place)
         _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
+
+
+def _refuse(error: UserError, place: RunPlace | None) -> NoReturn:
+    """Say what is wrong, if this rank is the one to say it, and leave."""
+    code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
+    if isinstance(error, MachineError) or _may_speak():
+        if place is not None:
+            place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    _end(place)
+    _leave(code)
 
 
 def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
@@ -92,7 +108,7 @@ def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         dist.barrier()
         _leave(EXIT_OK)
     except UserError as error:
-        if _may_speak():
+        if isinstance(error, MachineError) or _may_speak():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _let_others_leave()
         _leave(EXIT_FAILURE)
@@ -110,7 +126,7 @@ def _join(config: RunConfig) -> Topology:
     validate(config, world_size=topology.world_size, device=device)
     # The watchdog says more than the backend's own timeout, and comes first.
     timeout = timedelta(minutes=watch.step_timeout_minutes + 5) if watch.step_timeout_minutes else None
-    initialize_process_group(topology, timeout)
+    initialize_process_group(topology, timeout, watch.preflight_seconds)
     return topology
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megameta.errors import UserError
+from megameta.errors import EXIT_LOST, MachineError, UserError
 from megameta.parallel import launch
 from megameta.parallel.launch import free_port, launch_local, make_topology, pick_device, ranks_from_environment
 
@@ -64,8 +64,55 @@ def test_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert pick_device("auto") == "cuda" and pick_device("cpu") == "cpu"
-    with pytest.raises(UserError, match="rank 3 is number 1 on its machine, which has 1 GPU"):
+    with pytest.raises(MachineError, match=r"node .*: rank 3 is number 1 on this machine, .* sees 1 GPU"):
         make_topology("cuda", environment=TORCHRUN)
+
+
+def test_a_node_of_a_job_with_gpus_does_not_go_on_without_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    granted = {**SRUN, "SLURM_GPUS_ON_NODE": "8", "SLURMD_NODENAME": "n7"}
+    with pytest.raises(UserError, match=r"node n7: SLURM gave 8 GPU\(s\)"):
+        pick_device("auto", granted)
+    assert pick_device("cpu", granted) == pick_device("auto", {**granted, "SLURM_GPUS_ON_NODE": "0"}) == "cpu"
+
+
+def test_a_rank_whose_gpu_is_missing_says_so_itself(tmp_path):
+    """No other rank of its machine has that fault, and no process group is there yet to ask who may speak."""
+    (tmp_path / "a.yaml").write_text("data: {train: x}\n")
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1;"
+        f"from megameta.train.run import train; train({str(tmp_path / 'a.yaml')!r}, [])"
+    )
+    environment = {**os.environ, **TORCHRUN, "SLURMD_NODENAME": "n7"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("error: node n7: rank 3 is number 1") == 1, done
+
+
+def test_a_full_disk_is_one_message(tmp_path):
+    (tmp_path / "a.yaml").write_text("{data: {train: x}, run: {device: cpu}, train: {num_steps: 5000}}\n")
+    code = (
+        "import errno; from megameta.train import run\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device', 'runs/a/.lock')\n"
+        f"run.open_run = full; run.train({str(tmp_path / 'a.yaml')!r}, [])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("Traceback")) == (1, 0), done
+    assert "error: runs/a/.lock: No space left on device; free space" in done.stderr
+
+
+def test_ranks_that_do_not_connect_end_with_a_message():
+    code = (
+        "import time; from megameta.parallel import launch; from megameta.parallel.topology import Topology\n"
+        "with launch._within(60, Topology(4, 2, 0)): pass\n"
+        "with launch._within(0.5, Topology(4, 2, 0)): time.sleep(120)"
+    )
+    environment = {**os.environ, "SLURMD_NODENAME": "n2"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_LOST and "node n2, rank 2: all 4 ranks have come, but" in done.stderr, done
 
 
 def test_free_port_is_free():

@@ -28,6 +28,10 @@ def why_not() -> str | None:
     return None
 
 
+#: States that no job leaves by itself.
+ENDED = ("FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
+
+
 class Lab:
     """Nodes n1 … nN and a controller."""
 
@@ -117,6 +121,7 @@ class Lab:
 
         def reached() -> str | None:
             state = self.job(number)["JobState"]
+            assert state in states or state not in ENDED, f"{state}\n{why()}"
             return state if state in states else None
 
         def why() -> str:

@@ -1,7 +1,9 @@
 """The batch scripts, submit's options, fitting a run to nodes, and what SLURM's variables mean."""
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from megameta.parallel.slurm import expand_hosts, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 from megameta.slurm.fit import fit, fit_exactly, granted
 from megameta.slurm.script import FILES, Options, render
-from megameta.slurm.submit import further_options, job_name
+from megameta.slurm.submit import further_options, job_name, seconds_of
 from megameta.validate import problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,40 @@ def test_the_scripts_are_those_that_submit_writes(command):
 def test_the_scripts_parse(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "--gres" not in path.read_text()
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_warning_that_comes_early_does_not_end_the_script(command, tmp_path):
+    """In the minute in which Python reads the configuration; SLURM would not requeue a job that dies of it."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        "#!/bin/bash\n"
+        'case "$4" in fit) kill -USR1 $PPID; kill -TERM $PPID; printf "1\\nrun\\n";; run) echo "$*";; esac\n'
+    )
+    stub.chmod(0o755)
+    (tmp_path / "env.sh").write_text(f'export PATH="{tmp_path}:$PATH"\n')
+    environment = {**os.environ, "MEGAMETA_ENV": str(tmp_path / "env.sh"), "SLURM_CPUS_PER_TASK": "1"}
+    words = ["bash", str(ROOT / "slurm" / FILES[command]), "a.yaml"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("-m megameta slurm run run srun --nodes=1"), done.stdout
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_rank_listens_before_it_imports_torch(command):
+    """The warning may come while the ranks start."""
+    code = f"""
+import os, signal, sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Hook())
+from megameta.cli import main
+main([{command!r}, "nowhere.yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("error:")) == (1, 1), done
 
 
 def test_options_reach_the_script():
@@ -72,12 +108,51 @@ def test_submit_shows_the_layout_and_quotes(tmp_path, capsys, monkeypatch):
         (["--nodes", "2", "--time", "soon"], "24:00:00"),
         (["--nodes", "7"], "56 ranks on 7 node"),  # 480 sequences do not divide by 56
         (["--nodes", "1", "--sbatch", "; rm"], "mail-type=END"),
+        (["--nodes", "1", "--sbatch", "job-name=x"], "use --name"),
+        (["--nodes", "1", "--time", "5"], "limit of 300 s"),  # it would be warned as soon as it begins
+        (["--nodes", "1", "--warning", "0"], "one second"),
+        (["--nodes", "1", "run.dir=50%j"], "%"),
     ],
 )
 def test_submit_refuses(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), *words, "--dry-run"])
     assert ended.value.code == 1 and said in capsys.readouterr().err
+
+
+def dry_run(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), "--nodes", "4", *words, "--dry-run"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_a_chain_keeps_its_name_and_what_it_waits_for(capsys):
+    out = dry_run(capsys, "run.dir=a/b", "--chain", "2", "--name", "mine", "--sbatch", "dependency=afterok:5")
+    assert "--dependency=afterok:5,singleton\n" in out and f"--job-name={job_name(Path('a/b'), 'mine')}\n" in out
+    alone = dry_run(capsys, "--name", "mine", "--sbatch", "dependency=afterok:5")
+    assert "--dependency=afterok:5\n" in alone and "--job-name=mine\n" in alone
+
+
+def test_the_environment_is_a_file_by_its_whole_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEGAMETA_ENV", str(tmp_path / "other.sh"))
+    mine = tmp_path / "my env.sh"
+    assert "not there yet: " + str(mine) in dry_run(capsys, "--env", str(mine))
+    mine.touch()
+    out = dry_run(capsys, "--env", str(mine))
+    assert f"source '{mine}'\n" in out and "not there yet: /" not in out
+    assert f"source {tmp_path / 'other.sh'}\n" in dry_run(capsys)
+    with pytest.raises(SystemExit):
+        main(["slurm", "submit", str(ROOT / "configs/paper/meta-rope.yaml"), f"run.dir={tmp_path}/r", "--nodes", "4"])
+    assert "copy slurm/env.sh" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("1-12", 129600), ("1-2:03:04", 93784), ("1-0:30", 88200)],
+)
+def test_time_limits(text, seconds):
+    assert seconds_of(text) == seconds and seconds_of(text + "x") is None
 
 
 def test_further_options_and_names(tmp_path):
@@ -159,7 +234,7 @@ def test_tasks_that_see_one_gpu_each(monkeypatch):
     assert not one_device_each({}) and not one_device_each({"SLURM_GPU_BIND": "none"})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert make_topology("cuda", environment={**SRUN, "SLURM_GPUS_PER_TASK": "1"}).device == "cuda:0"
-    with pytest.raises(UserError, match="rank 3 is number 1"):
+    with pytest.raises(UserError, match="rank 3 is number 1 on this machine"):
         make_topology("cuda", environment=SRUN)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert make_topology("cuda", environment=SRUN).device == "cuda:1"

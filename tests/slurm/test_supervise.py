@@ -24,13 +24,14 @@ def cluster(tmp_path):
     asked = tmp_path / "asked"
     answers = {"squeue": 'case "$*" in *--name=*) echo "7 8 42";; *) cat "$HERE/state";; esac'}
     answers |= {
-        "scontrol": 'case "$1" in show) echo "JobId=42 Requeue=1 Restarts=$(cat $HERE/restarts)";; esac',
+        "scontrol": 'case "$*" in *"show job"*) echo "JobId=42 Requeue=1 Restarts=$(cat $HERE/restarts)";; esac',
         "scancel": ":",
-        "sinfo": "echo n2 down*",
+        "sinfo": "rm -f $HERE/cut; echo n2 down*",
     }
     for name, body in answers.items():
         path = folder / name
-        path.write_text(f'#!/bin/bash\nHERE={tmp_path}\necho "{name} $*" >> {asked}\n{body}\n')
+        cut_off = "" if name == "sinfo" else "[ -e $HERE/cut ] && exit 1"
+        path.write_text(f'#!/bin/bash\nHERE={tmp_path}\necho "{name} $*" >> {asked}\n{cut_off}\n{body}\n')
         path.chmod(0o755)
     (tmp_path / "state").write_text("RUNNING\n")
     (tmp_path / "restarts").write_text("0\n")
@@ -48,7 +49,7 @@ def start(cluster: Path, body: str, *options: str) -> subprocess.Popen:
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-    environment |= {"SLURM_JOB_NAME": "megameta-x-1234", "SLURM_JOB_NODELIST": "n[1-2]", "PYTHONPATH": str(ROOT)}
+    environment |= {"SLURM_JOB_NAME": "megameta-x-12345678", "SLURM_JOB_NODELIST": "n[1-2]", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code, "slurm", "run", *options, str(cluster / "run"), sys.executable, str(program)]
     with (cluster / "said").open("w") as said:
         return subprocess.Popen(words, env=environment, stderr=said, stdout=said)
@@ -136,6 +137,24 @@ def test_what_is_left_on_a_lost_node_touches_nothing(cluster):
     assert not asked(cluster, "scontrol requeue") and not asked(cluster, "scancel")
     assert "attempt 1: attempt 2 has started" in (cluster / "said").read_text()
     assert "n3" not in (cluster / "said").read_text()
+    assert "the job runs elsewhere by now" in (cluster / "said").read_text()
+
+
+def test_a_node_that_was_cut_off_asks_again_before_it_requeues(cluster):
+    """No controller answers when the ranks end; when one does again, the job runs elsewhere."""
+    body = f"""
+        import sys
+        from pathlib import Path
+        from megameta.attempt import claim
+        claim(Path({str(cluster / "run")!r})).note_end("lost", "node n2 is gone")
+        Path({str(cluster)!r}, "restarts").write_text("1")
+        Path({str(cluster)!r}, "cut").touch()
+        sys.exit(76)
+        """
+    assert start(cluster, body).wait(90) == 76
+    assert ledger(cluster)[0]["action"] == "wait" and ledger(cluster)[0]["state"] is None
+    assert not (cluster / "cut").exists() and not asked(cluster, "scontrol requeue")
+    assert "the job runs elsewhere by now" in (cluster / "said").read_text()
 
 
 def test_failures_end(cluster):

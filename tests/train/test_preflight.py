@@ -1,6 +1,7 @@
 """Checks before the first step: each fault is refused with its node's name."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -71,7 +72,9 @@ def test_a_slow_node_is_remarked_upon():
 def _check(topology, folder, fault):
     from megameta.train import preflight
 
-    hosts = ["n1", "n1", "n2"]
+    hosts = ["n1", "n1", "n1" if fault in ("at home", "one node") else "n2"]
+    if fault == "one node":
+        os.environ.update(SLURM_STEP_ID="0", SLURM_PROCID=str(topology.rank))
     topology = replace(topology, local_rank=(0, 1, 0)[topology.rank])
     config = tiny_config("x", run__dir=folder, cluster__preflight_seconds=20)
     if topology.rank == 2 and fault == "other source":
@@ -98,6 +101,8 @@ def _check(topology, folder, fault):
     [
         (None, None),
         ("never", None),
+        ("at home", None),
+        ("one node", None),  # of a job
         ("other source", ["node n2", "source"]),
         ("no run.dir", ["node n2, rank 2", "does not see run.dir"]),
         ("hangs", ["n2", "did not end within 20 s"]),
@@ -113,7 +118,7 @@ def test_every_rank_refuses_with_the_same_words(tmp_path, fault, words):
     assert results[1][1] == [] == results[2][1]
     if words is None:
         assert message is None
-        assert bool(lines) == (fault is None)
+        assert bool(lines) == (fault in (None, "one node"))
         if fault is None:
             assert lines[1].startswith("n1    0–1") and lines[2].startswith("n2    2")
             assert any("all-reduce over 3 ranks on 2 nodes" in line for line in lines)

@@ -63,9 +63,9 @@ def _add_submit(parts: Commands) -> None:
         metavar="K",
         help="K jobs that follow one another, in place of one that requeues",
     )
-    add("--name", default="megameta", help="of the job (default: from the run directory)")
+    add("--name", default=None, help="of the job (default: from the run directory; a chain's holds that, too)")
     add("--shared", action="store_true", help="without --exclusive")
-    add("--env", default="slurm/env.sh", metavar="FILE", help="sourced by the script (slurm/env.sh)")
+    add("--env", default=None, metavar="FILE", help="sourced by the script (MEGAMETA_ENV, or else slurm/env.sh)")
     add("--finetune", action="store_true", help="megameta finetune in place of train")
     for option in COMMON:
         add(f"--{option}", default=None, help=f"sbatch's --{option}")

@@ -2,9 +2,13 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from megameta.commands.parsers.common import Commands, add_config_arguments
 from megameta.errors import UserError
+
+if TYPE_CHECKING:
+    from megameta.train.stop import StopRequest
 
 
 def add_runs(commands: Commands) -> None:
@@ -86,25 +90,39 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        return _launch("train", arguments)
+    stop = _listen()
     from megameta.analysis.training import AttentionProbe
-    from megameta.parallel.launch import launch_local, pick_device
     from megameta.train.run import train
 
-    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
-        count = _process_count(arguments.nproc_per_node, pick_device("auto"))
-        return launch_local(["train", arguments.config, *arguments.overrides], count)
-    return train(arguments.config, arguments.overrides, make_probe=AttentionProbe)
+    return train(arguments.config, arguments.overrides, make_probe=AttentionProbe, stop=stop)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    from megameta.parallel.launch import launch_local, pick_device
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        return _launch("finetune", arguments)
+    stop = _listen()
     from megameta.tasks.finetune import TaskData
     from megameta.train.run import train
 
-    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
-        count = _process_count(arguments.nproc_per_node, pick_device("auto"))
-        return launch_local(["finetune", arguments.config, *arguments.overrides], count)
-    return train(arguments.config, arguments.overrides, TaskData)
+    return train(arguments.config, arguments.overrides, TaskData, stop=stop)
+
+
+def _launch(command: str, arguments: argparse.Namespace) -> int:
+    from megameta.parallel.launch import launch_local, pick_device
+
+    count = _process_count(arguments.nproc_per_node, pick_device("auto"))
+    return launch_local([command, arguments.config, *arguments.overrides], count)
+
+
+def _listen() -> "StopRequest":
+    """Before torch is imported, which may take a minute from a busy file system: a signal would kill the rank."""
+    from megameta.train.stop import StopRequest
+
+    stop = StopRequest()
+    stop.listen()
+    return stop
 
 
 def _extend(arguments: argparse.Namespace) -> int:
