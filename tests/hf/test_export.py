@@ -120,7 +120,7 @@ def test_tokenizer_of_the_export_parses_the_meta_token(opened: dict) -> None:
 
 def test_generation_suppresses_the_meta_token(opened: dict) -> None:
     assert opened["generated_meta"] == 0 < opened["generated_meta_unsuppressed"]
-    assert opened["left_padded"] and opened["cache_agrees"]
+    assert opened["left_padded"] and opened["cache_agrees"] and opened["static_agrees"]
 
 
 def test_training_and_saving_again(opened: dict) -> None:
