@@ -197,6 +197,28 @@ def test_round_trip_is_bitwise(case: dict, dtype: torch.dtype | None, size: str,
         }
 
 
+#: What docs/conversion.md says is converted. Without the branch the meta-tokens, if there are any, are pause tokens.
+VARIANTS: list[dict] = [
+    *({"position": p, "meta_attention": branch} for p in ("rope", "ape", "none", "rnope") for branch in (True, False)),
+    *({"position_scaling": scaling} for scaling in ("yarn", "ntk", "linear")),
+    {"meta_layers": (1,)}, {"zero_meta_positions": True}, {"zero_meta_embedding": True}, {"norm": "rmsnorm"},
+    {"bias": True}, {"activation": "swiglu"}, {"activation": "gelu_tanh"}, {"qk_norm": True},
+    {"parallel_residual": True}, {"num_key_value_heads": 2}, {"rotary_fraction": 0.5}, {"tie_embeddings": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_variant_is_among_the_forms(variant: dict) -> None:
+    """In its own type, in a type that was chosen, in one file: so the round trip above speaks of each."""
+    found = [(dtype, size) for case, dtype, size in FORMS if variant.items() <= case.items()]
+    assert {None} < {dtype for dtype, _ in found} and "5GB" in {size for _, size in found}
+
+
+def test_every_type_meets_many_files_and_one() -> None:
+    types = {torch.float32, torch.bfloat16, torch.float16}
+    assert {(dtype, size) for _, dtype, size in FORMS} >= {(dtype, size) for dtype in types for size in ("20KB", "5GB")}
+
+
 @pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["megameta", "gpt2"])
 def test_a_model_trained_with_flash_attn_is_exported_anywhere(baseline: dict, tmp_path: Path) -> None:
     config = small_config(**baseline)
