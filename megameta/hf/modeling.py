@@ -7,6 +7,7 @@ Letters: B batch, T rows of this pass, S rows with those in the cache, D model w
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -125,6 +126,7 @@ class MegametaModel(MegametaPreTrainedModel):
         )
         x_BTD = self.embedding(token_BT, context)
         hidden: list[Tensor] = []
+        run: Callable[..., Tensor]
         for block in self.blocks:
             hidden.append(x_BTD) if keep_all else None
             run = partial(self._gradient_checkpointing_func, block.__call__) if checkpointing else block

@@ -68,7 +68,6 @@ def open_elsewhere(root: Path, **changes) -> dict:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-4000:]
