@@ -78,10 +78,9 @@ def make_model(shape: dict[str, int], device: str, *, branch: bool) -> GPT:
     return model.to(device).eval()
 
 
-def policies(config: ModelConfig) -> list[MetaPolicy]:
-    """None; every tenth slot; after each of the tokens of a twentieth of the vocabulary."""
-    meta = config.meta_token_id
-    ends = frozenset(range(config.vocab_size // 20)) - {meta}
+def policies(meta: int, text: list[int]) -> list[MetaPolicy]:
+    """None; every tenth slot; after every twentieth token of the text."""
+    ends = frozenset(text[9::20])
     return [MetaPolicy("none", meta), MetaPolicy("every", meta), MetaPolicy("segments", meta, segment_ends=ends)]
 
 
@@ -124,7 +123,7 @@ def main() -> None:
     for row in rows:
         print(row.row())
     decoder = Decoder(branch, prompt, arguments.new_slots, CLOCKS[arguments.clock])
-    rates = {policy.name: decoder.rates(policy) for policy in policies(branch.config)}
+    rates = {policy.name: decoder.rates(policy) for policy in policies(branch.config.meta_token_id, decoder.text)}
     for name, (slots, text) in rates.items():
         print(f"policy {name:<10} {slots:8.1f} slots/s {text:8.1f} text tokens/s")
     if arguments.json:

@@ -7,6 +7,7 @@ from transformers import CompileConfig
 
 from megameta.hf.cache import MegametaCache
 from megameta.hf.insertion import MetaPolicy, MetaTokenInserter
+from megameta.model import DecodingCache
 from megameta.model.fixed_cache import ROOM, FixedCache
 
 CASES = [
@@ -91,6 +92,19 @@ def test_sizes_and_going_on() -> None:
         generate(wrapper, rest, None, max_new_tokens=80, past_key_values=cache)
     cache.reset()
     assert torch.equal(generate(wrapper, ids, mask, past_key_values=cache), expected)
+
+
+def test_sequences_are_reordered_with_their_numbers_of_meta_tokens() -> None:
+    config, model, _ = make_pair()
+    ids, _ = padded_batch(config)
+    meta = torch.full((4, 1), config.meta_token_id)
+    found = []
+    for cache in (DecodingCache(), FixedCache(40, config.count_meta_layers())):
+        with torch.no_grad():
+            model(ids, cache=cache)
+            cache.select(torch.tensor([3, 0, 0, 2]))
+            found.append(torch.cat([model(meta, cache=cache) for _ in range(3)], dim=1))
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals() -> None:
