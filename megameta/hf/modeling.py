@@ -266,13 +266,13 @@ class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
         """The mask as it is: the model makes those of its two branches itself."""
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in every model; what a pass over a cache of fixed size gets besides has one shape in all steps.
 
         Its mask is left out where the new rows are no padding (the cache knows of older padding), and the number of
         meta-tokens is found here, outside of what is compiled: a step that has none does not compute the branch.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc] # self is no mixin's
         cache = inputs.get("past_key_values")
         if isinstance(cache, MegametaCache) and cache.is_compileable and cache.is_initialized:
             token_BT, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
