@@ -1,5 +1,7 @@
 """``generate`` over a cache of fixed size, eager and compiled: the tokens of a cache that grows."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hf_cases import make_pair, padded_batch
@@ -19,6 +21,15 @@ CASES = [
     {"meta_attention": False},
     {"num_key_value_heads": 2, "qk_norm": True, "parallel_residual": True, "activation": "swiglu"},
 ]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled by other tests, of which there may be only so much in a process; nor by this one for others."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def writing_metas(**case):
@@ -126,13 +137,12 @@ def test_refusals() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
     """Two graphs, of steps with and without meta-tokens, whatever the lengths; no break in them."""
     config, wrapper = writing_metas(**case)
     ids, mask = padded_batch(config)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = {"cache_implementation": "static", "compile_config": compiling(backend="aot_eager")}
     assert torch.equal(generate(wrapper, ids, mask, **compiled), generate(wrapper, ids, mask))
     shorter = ids[:, 2:], mask[:, 2:]
@@ -148,6 +158,7 @@ def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 def test_with_the_compilers_own_kernels() -> None:
     config, wrapper = writing_metas()
     ids, mask = padded_batch(config)
