@@ -11,7 +11,7 @@ import torch
 from megameta.commands.evaluate_harness import make_policy
 from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError
-from megameta.hf.insertion import MetaTokenInserter
+from megameta.hf.insertion import MetaTokenInserter, left_padded
 from megameta.hf.load import load_causal_lm
 from megameta.parallel.launch import pick_device
 
@@ -72,10 +72,9 @@ def generate(
     tokenizer = load_tokenizer(source)
     chosen = make_policy(policy, every, tokenizer, takes_meta=hasattr(model.config, "meta_token_id"))
     ids = [chosen.apply(tokenizer.encode_prompt(prompt)) or [tokenizer.eod_id] for prompt in prompts]
-    length = max(map(len, ids))
     pad = tokenizer.eod_id
-    tokens = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    tokens, mask = left_padded(ids, pad, device)
+    length = tokens.shape[1]
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
     output = model.generate(

@@ -15,6 +15,7 @@ SOURCES = (
     "model.config",
     "model.rope",
     "model.cache",
+    "model.fixed_cache",
     "model.pruning",
     "model.context",
     "model.attention",

@@ -7,36 +7,50 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from megameta.model.cache import DecodingCache
+from megameta.model.fixed_cache import FixedCache
 from megameta.model.pruning import KeepRule, PruningCache
 
 
 class MegametaCache(Cache):
     """What ``generate`` needs of a cache, around the training model's own (``decoding``).
 
-    It grows without limit, or, with a rule, keeps the rows of that rule and frees the others (``PruningCache``).
+    It grows without limit; with a rule it keeps the rows of that rule and frees the others (``PruningCache``).
+
+    Args:
+        max_rows: has a fixed size instead, room for so many rows (``FixedCache``).
+        num_meta_layers: layers of the model that have the branch; a fixed size needs it.
+
+    Raises:
+        ValueError: both a rule and a fixed size.
     """
 
-    def __init__(self, rule: KeepRule | None = None) -> None:
+    def __init__(self, rule: KeepRule | None = None, *, max_rows: int | None = None, num_meta_layers: int = 0) -> None:
         super().__init__(layers=[])
-        self.rule = rule
+        if rule is not None and max_rows is not None:
+            raise ValueError("a cache of fixed size drops no rows: give rule or max_rows, not both")
+        self.rule, self.max_rows, self.num_meta_layers = rule, max_rows, num_meta_layers
         self.decoding = self._empty()
 
     def _empty(self) -> DecodingCache:
+        if self.max_rows is not None:
+            return FixedCache(self.max_rows, self.num_meta_layers)
         return DecodingCache() if self.rule is None else PruningCache(self.rule)
 
     def __len__(self) -> int:
         return len(self.decoding.causal)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows so far, those that were dropped included."""
+        """Rows so far, those that were dropped included; a tensor in a cache of fixed size."""
         return self.decoding.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no largest length."""
-        return -1
+        """Rows that there is room for, -1: there is no largest length."""
+        return self.decoding.max_rows if isinstance(self.decoding, FixedCache) else -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Rows that a query of ``query_length`` new rows sees, and the offset of the first."""
+        """Rows of the keys that ``query_length`` new rows get, and the offset of the first."""
+        if isinstance(self.decoding, FixedCache):
+            return self.decoding.max_rows, 0
         return self.decoding.length + query_length, 0
 
     @property
@@ -46,8 +60,13 @@ class MegametaCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: it grows."""
-        return False
+        """Whether its size is fixed."""
+        return isinstance(self.decoding, FixedCache)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` works whatever came before."""
+        return type(self.decoding) is DecodingCache
 
     @property
     def is_initialized(self) -> bool:

@@ -89,9 +89,7 @@ def _limits(config: ModelConfig, stock: bool, more: Sequence[str]) -> str:
         "- No claim is made about the truth or harmlessness of what it generates.",
     ]
     if not stock:
-        lines.append(
-            '- Caches that do not grow (`cache_implementation="static"`) and attention outputs are not supported.'
-        )
+        lines.append("- Attention outputs, quantized and offloaded caches are not supported.")
     return "## Limits\n\n" + "\n".join([*lines, *(f"- {line}" for line in more)]) + "\n"
 
 

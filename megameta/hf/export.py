@@ -74,7 +74,6 @@ def export_to_hf(
     _check_tokenizer(config, tokenizer)
     _check_shard_size(max_shard_size)
     stored = cast(tensors, dtype)
-    num_parameters = sum(math.prod(stored.shape(name)) for name in stored)
     stored_dtype = stored.entry(next(iter(stored))).dtype
     with _appears_whole(output) as directory:
         pad_id = _write_tokenizer(config, tokenizer, directory)
@@ -84,16 +83,10 @@ def export_to_hf(
         stock = fits_gpt2(config)
         if not stock:
             (directory / MODELING_FILE).write_text(bundle_source(), encoding="utf-8")
-        text = make_card(
-            config,
-            card or {},
-            stock=stock,
-            num_parameters=num_parameters,
-            dtype=str(stored_dtype).removeprefix("torch."),
-            has_tokenizer=tokenizer is not None,
-        )
-        (directory / "README.md").write_text(text, encoding="utf-8")
-        for name, content in (files or {}).items():
+        parameters = sum(math.prod(stored.shape(name)) for name in stored)
+        about: dict[str, Any] = {"num_parameters": parameters, "has_tokenizer": tokenizer is not None}
+        text = make_card(config, card or {}, stock=stock, dtype=_name_of(stored_dtype), **about)
+        for name, content in {**(files or {}), "README.md": text.encode()}.items():
             (directory / name).write_bytes(content)
         verify_export(directory, config, stored)
     return output
@@ -147,8 +140,12 @@ def _hf_config(config: ModelConfig, dtype: torch.dtype) -> "PretrainedConfig":
         result_class = AUTO_MAP["AutoModelForCausalLM"]
         result = MegametaConfig.from_model_config(config, auto_map=auto_map)
     result.architectures = [result_class]
-    result.dtype = str(dtype).removeprefix("torch.")
+    result.dtype = _name_of(dtype)
     return result
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None, directory: Path) -> int | None:

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from megameta.data.tokenizer import Tokenizer
-from megameta.hf.insertion import MetaPolicy, MetaTokenInserter
+from megameta.hf.insertion import MetaPolicy, MetaTokenInserter, left_padded
 
 
 class Scored(NamedTuple):
@@ -163,23 +163,19 @@ class HarnessModel(TemplateLM):
         text_tokens = int(settings.pop("max_gen_toks", 256))
         slots = self._slots_for(text_tokens)
         room = max(1, self.max_length - slots)
-        prompts = [ids[-room:] for ids in prompts]
-        length = max(map(len, prompts))
-        pad = self.eot_token_id
-        tokens = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=self.device)
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
+        tokens, mask = left_padded([ids[-room:] for ids in prompts], self.eot_token_id, self.device)
         if not settings.get("do_sample"):
             settings = {"do_sample": False}
         output = self.model.generate(
             tokens,
             attention_mask=mask,
             max_new_tokens=slots,
-            pad_token_id=pad,
+            pad_token_id=self.eot_token_id,
             eos_token_id=self.eot_token_id,
             logits_processor=[MetaTokenInserter(self.policy, mask)],
             **settings,
         )
-        return [self._text(row, until, text_tokens) for row in output[:, length:].tolist()]
+        return [self._text(row, until, text_tokens) for row in output[:, tokens.shape[1] :].tolist()]
 
     def _slots_for(self, text_tokens: int) -> int:
         """Slots that so many text tokens take at most."""

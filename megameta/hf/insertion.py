@@ -96,6 +96,16 @@ class MetaTokenInserter(LogitsProcessor):
         return torch.where(forced_B1, only_meta, scores)
 
 
+def left_padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids as a batch for ``generate``: (B, T) ids, padded on the left, and their mask, 0 at padding."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[pad_id] * (length - len(ids)) + list(ids) for ids in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows], device=device)
+    return tokens, mask
+
+
 def segment_ends_of(spellings: Sequence[bytes], among: Collection[bytes] = (b"\n",)) -> frozenset[int]:
     """Ids of tokens whose bytes end with one of ``among`` (a newline)."""
     return frozenset(index for index, spelling in enumerate(spellings) if spelling.endswith(tuple(among)))

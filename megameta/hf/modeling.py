@@ -7,6 +7,8 @@ Letters: B batch, T rows of this pass, S rows with those in the cache, D model w
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +35,7 @@ class MegametaPreTrainedModel(PreTrainedModel):
     config: MegametaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -83,6 +86,7 @@ class MegametaModel(MegametaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        num_meta_columns: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """(B, T) ids to (B, T, D); meta-tokens are ids like any other.
@@ -92,6 +96,8 @@ class MegametaModel(MegametaPreTrainedModel):
                 meta-tokens, whatever their id.
             position_ids: (B or 1, T); counted over rows that are not padding where absent.
             output_hidden_states: also return the embeddings and each block's output, the last after the final norm.
+            num_meta_columns: at least the largest number of meta-tokens in a sequence, where the caller knows it:
+                spares a wait for the device, and a compiled pass an interruption.
 
         Raises:
             ValueError: an argument that is not supported; the message says what is.
@@ -100,6 +106,7 @@ class MegametaModel(MegametaPreTrainedModel):
             raise ValueError("pass input_ids, not inputs_embeds: the meta branch needs to know the meta-tokens")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions is not supported: the kernels do not return attention weights")
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -110,23 +117,23 @@ class MegametaModel(MegametaPreTrainedModel):
         token_BT, position_BT, document_BT = self._rows(input_ids, attention_mask, position_ids, past)
         decoding = cache.decoding if cache is not None else None
         context = make_context(
-            self.model_config, token_BT, position_BT=position_BT, document_BT=document_BT, cache=decoding
+            self.model_config,
+            token_BT,
+            position_BT=position_BT,
+            document_BT=document_BT,
+            num_meta_columns=num_meta_columns,
+            cache=decoding,
         )
         x_BTD = self.embedding(token_BT, context)
-        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden: list[Tensor] = []
+        run: Callable[..., Tensor]
         for block in self.blocks:
             hidden.append(x_BTD) if keep_all else None
-            if checkpointing:
-                x_BTD = self._gradient_checkpointing_func(block.__call__, x_BTD, context)
-            else:
-                x_BTD = block(x_BTD, context, decoding)
+            run = partial(self._gradient_checkpointing_func, block.__call__) if checkpointing else block
+            x_BTD = run(x_BTD, context, decoding)
         x_BTD = self.norm(x_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=cache if use_cache else None,
-            hidden_states=(*hidden, x_BTD) if keep_all else None,
-        )
+        states = (*hidden, x_BTD) if keep_all else None
+        return BaseModelOutputWithPast(x_BTD, past_key_values=cache if use_cache else None, hidden_states=states)
 
     def _rows(
         self, token_BT: Tensor, mask_BS: Tensor | None, position_BT: Tensor | None, past: int
@@ -141,13 +148,14 @@ class MegametaModel(MegametaPreTrainedModel):
                     f" and the {length} new ones is needed: ({token_BT.shape[0]}, {past + length})"
                 )
             if not mask_BS.all():  # a mask of ones costs the fast causal kernel, so it is dropped
-                is_real_BT = mask_BS[:, past:].bool()
+                is_real_BT = mask_BS[:, -length:].bool()
                 document_BT = torch.where(is_real_BT, 0, -1)
                 token_BT = token_BT.masked_fill(~is_real_BT, 0 if config.meta_token_id else 1)
                 if position_BT is None:
-                    position_BT = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+                    position_BT = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         limit = config.max_position_embeddings
-        too_long = config.position == "ape" and past + length > limit
+        # A cache of fixed size counts in a tensor, and its length was checked when it was made.
+        too_long = config.position == "ape" and not isinstance(past, Tensor) and past + length > limit
         if too_long and (position_BT is None or int(position_BT.max()) >= limit):
             raise ValueError(f"a sequence of {past + length} rows exceeds this model's {limit} learned positions")
         return token_BT, position_BT, document_BT
@@ -254,19 +262,62 @@ class MegametaForCausalLM(MegametaPreTrainedModel, GenerationMixin):
             count = count.to(logits_BTV.device)
         return cross_entropy_sum(logits_BTV[:, :-1], target_BT) / count
 
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as it is: the model makes those of its two branches itself."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in every model; what a pass over a cache of fixed size gets besides has one shape in all steps.
+
+        Its mask is left out where the new rows are no padding (the cache knows of older padding), and the number of
+        meta-tokens is found here, outside of what is compiled: a step that has none does not compute the branch.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc] # self is no mixin's
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, MegametaCache) and cache.is_compileable and cache.is_initialized:
+            token_BT, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
+            if mask_BS is not None and bool(mask_BS[:, -token_BT.shape[1] :].all()):
+                inputs["attention_mask"] = None
+            inputs["num_meta_columns"] = int((token_BT == self.config.meta_token_id).sum(dim=1).max())
+        return inputs
+
     def _prepare_cache_for_generation(  # type: ignore[override] # its other arguments change between versions
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """``generate`` makes a DynamicCache by default; here it gets a MegametaCache."""
-        asked = generation_config.cache_implementation
-        if asked not in (None, "dynamic"):
+        """``generate`` makes a cache of transformers; here it gets a MegametaCache."""
+        asked, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if asked not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={asked!r} is not supported: the meta branch keeps rows of its own, in a cache"
-                " that grows. Leave it unset (or 'dynamic')"
+                f"cache_implementation={asked!r} is not supported: the meta branch keeps rows of its own. Leave it"
+                " unset, or choose 'dynamic' or 'static'"
             )
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            given._is_user_defined = True
-        if given is not None or generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = as_megameta_cache(given)
-            model_kwargs["past_key_values"]._is_user_defined = given is not None
+        if generation_config.use_cache is False and given is None:
+            return
+        if asked == "static":
+            if given is not None:
+                raise ValueError("pass cache_implementation='static' or past_key_values, not both")
+            cache = self._fixed_cache(generation_config, model_kwargs)
+        else:
+            cache = as_megameta_cache(given)
+        room, rows = cache.get_max_length(), generation_config.max_length - 1
+        if 0 < room < rows:
+            raise ValueError(
+                f"the cache has room for {room} rows, but up to {rows} are to be written: give max_cache_len when it is"
+                " made"
+            )
+        cache._is_user_defined = given is not None  # type: ignore[attr-defined]
+        model_kwargs["past_key_values"] = cache
+
+    def _fixed_cache(self, generation_config: Any, model_kwargs: dict[str, Any]) -> MegametaCache:
+        """Room for a whole generation (the last token has no row), or for ``max_cache_len`` if that is more."""
+        config, rows = self.model.model_config, generation_config.max_length - 1
+        positions = model_kwargs.get("position_ids")
+        if config.position == "ape" and positions is not None:
+            last = int(positions[..., -1].max()) + rows - positions.shape[-1]
+            if last >= config.max_position_embeddings:
+                raise ValueError(
+                    f"a sequence of up to {last + 1} rows exceeds this model's {config.max_position_embeddings} learned"
+                    " positions, and a cache of fixed size is made for all of it: ask for fewer new tokens"
+                )
+        rows = max(rows, generation_config.max_cache_len or 0)
+        return MegametaCache(max_rows=rows, num_meta_layers=config.count_meta_layers())

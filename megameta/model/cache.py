@@ -31,7 +31,10 @@ class DecodingCache:
         return _append(self.meta, layer, k_BGMK, v_BGMK)
 
     def extend_rows(self, document_BT: Tensor | None, is_meta_BT: Tensor) -> Tensor | None:
-        """Account for new rows; return the documents of all rows (B, S), None while there is but one."""
+        """Account for new rows; return the documents of all rows (B, S), None while there is but one.
+
+        Those of the new rows, the last ones, are enough where ``seen_rows`` says what is seen.
+        """
         batch, num_new = is_meta_BT.shape
         if document_BT is not None and self.document_BS is None:
             self.document_BS = document_BT.new_zeros(batch, self.length)

@@ -78,7 +78,7 @@ def make_context(
     """
     length = token_BT.shape[1]
     past = cache.length if cache is not None else 0
-    order_T = torch.arange(past, past + length, device=token_BT.device)
+    order_T = torch.arange(length, device=token_BT.device) + past
     if position_BT is None:
         position_BT = order_T[None]
     is_meta_BT = token_BT == config.meta_token_id

@@ -59,16 +59,16 @@ def decode(model: GPT, ids: list[int], new_tokens: int, device: str) -> tuple[fl
     tokens = torch.tensor([ids], device=device)
     _wait(device)
     start = time.perf_counter()
-    token = _next(model, tokens, cache)
+    token = next_token(model, tokens, cache)
     _wait(device)
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
-        token = _next(model, token, cache)
+        token = next_token(model, token, cache)
     _wait(device)
     return first - start, (new_tokens - 1) / (time.perf_counter() - first)
 
 
-def _next(model: GPT, token_BT: torch.Tensor, cache: DecodingCache) -> torch.Tensor:
+def next_token(model: GPT, token_BT: torch.Tensor, cache: DecodingCache) -> torch.Tensor:
     """The most likely token after the last row: (B, 1). The head reads that row alone."""
     hidden_BTD = model.hidden_states(token_BT, make_context(model.config, token_BT, cache=cache), cache)
     return model.head(hidden_BTD[:, -1:], model.embedding.tokens.weight).argmax(-1)

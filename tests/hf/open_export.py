@@ -32,6 +32,25 @@ def train_three_steps(model, ids, mask) -> list[float]:
     return losses
 
 
+def generate_with_each_cache(model, batch) -> dict:
+    """What a batch gives without a cache and with one that grows, has a fixed size, drops nothing, drops rows."""
+    import torch
+
+    def generate(**arguments):
+        return model.generate(**batch, max_new_tokens=8, do_sample=False, **arguments)
+
+    generated = generate()
+    caches = (model.make_cache(100, sinks=0), model.make_cache(2))
+    pruned = [generate(past_key_values=cache) for cache in caches]
+    return {
+        "left_padded": bool((batch["attention_mask"][1, 0] == 0).item()),
+        "cache_agrees": torch.equal(generated, generate(use_cache=False)),
+        "static_agrees": torch.equal(generated, generate(cache_implementation="static")),
+        "pruned_agrees": torch.equal(generated, pruned[0]),
+        "pruned_rows": caches[1].decoding.causal[0][0].shape[2],
+    }
+
+
 def main(directory: str, probe_file: str, resaved: str) -> dict:
     sys.meta_path.insert(0, Blocked())
     try:
@@ -63,16 +82,9 @@ def main(directory: str, probe_file: str, resaved: str) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True, padding_side="left")
     found["ids"] = tokenizer("the<|meta|> sea")["input_ids"]
     found["pad"] = [tokenizer.pad_token_id, model.generation_config.pad_token_id]
-    batch = tokenizer(["the old<|meta|> man", "sea"], padding=True, return_tensors="pt")
-    found["left_padded"] = bool((batch["attention_mask"][1, 0] == 0).item())
-    generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
-    found["cache_agrees"] = torch.equal(
-        generated, model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=False)
+    found |= generate_with_each_cache(
+        model, tokenizer(["the old<|meta|> man", "sea"], padding=True, return_tensors="pt")
     )
-    caches = (model.make_cache(100, sinks=0), model.make_cache(2))
-    pruned = [model.generate(**batch, max_new_tokens=8, do_sample=False, past_key_values=cache) for cache in caches]
-    found["pruned_agrees"] = torch.equal(generated, pruned[0])
-    found["pruned_rows"] = caches[1].decoding.causal[0][0].shape[2]
     greedy = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
     found["generated_meta"] = int((greedy == config.meta_token_id).sum())
     free = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, suppress_tokens=[])

@@ -108,7 +108,7 @@ def test_assisted_and_chunked_generation() -> None:
     assert torch.equal(generate(wrapper, ids, mask), generate(wrapper, ids, mask, prefill_chunk_size=4))
 
 
-@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+@pytest.mark.parametrize("kind", ["offloaded_static", "offloaded", "quantized"])
 def test_caches_that_are_not_supported(kind: str) -> None:
     config, _, wrapper = make_pair()
     with pytest.raises(ValueError, match=f"cache_implementation='{kind}' is not supported"):

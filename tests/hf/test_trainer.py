@@ -149,6 +149,18 @@ def test_lora_on_both_branches(export: Path, tmp_path: Path) -> None:
     assert torch.equal(imported["blocks.0.mlp.up_proj.weight"], before["model.blocks.0.mlp.up_proj.weight"])
 
 
+def test_lora_in_bf16(export: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(export), LoraConfig(r=4, lora_alpha=16, target_modules=BOTH, task_type="CAUSAL_LM"))
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses, batches = train(model, tmp_path, gradient_checkpointing=True, bf16=True)
+    assert losses[0] == pytest.approx(training_loss(export, batches[:2]), rel=2e-2)
+    assert losses[-1] < 0.95 * losses[0]
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, start[name])}
+    assert moved == {name for name in start if "lora_" in name}, "every adapter of both branches, and nothing else"
+
+
 def test_lora_on_the_meta_branch_leaves_plain_text_alone(export: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
