@@ -9,7 +9,15 @@ from torch import Tensor
 
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
-from megameta.parallel.pipeline import Stage, StageLoss, loss_function, make_pipeline, pack_rows, score_function
+from megameta.parallel.pipeline import (
+    Stage,
+    StageLoss,
+    fused_loss_function,
+    loss_function,
+    make_pipeline,
+    pack_rows,
+    score_function,
+)
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
 from megameta.train.losses import count_targets
@@ -23,7 +31,9 @@ class PipelineEngine(Engine):
 
     def _wrap(self, model: Any) -> Any:
         self.stage: Stage = model
-        functions = (make(self.config.model, self.groups.tensor) for make in (loss_function, score_function))
+        self.stage.fuses_loss = self.config.train.fused_loss
+        make_loss = fused_loss_function if self.stage.fuses_loss else loss_function
+        functions = (make(self.config.model, self.groups.tensor) for make in (make_loss, score_function))
         self.loss = StageLoss(*functions)
         return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
 
