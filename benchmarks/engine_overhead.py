@@ -91,7 +91,7 @@ def plain_step(config: RunConfig, batch: Batch, arguments: argparse.Namespace) -
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.optimizer.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return timed(step, arguments)
 

@@ -100,8 +100,6 @@ def hook_engine(engine: Engine, watch: StopWatch) -> None:
     """The loss, the backward pass, and what comes after it."""
     module, inner = engine.engine.module, engine.optimizer
     module.cross_entropy = watch.around("head and loss", module.cross_entropy)
-    if module.fused is not None:
-        module.fused = watch.around("head and loss", module.fused)
     engine.engine.backward = watch.around("backward: between modules", engine.engine.backward, backward=True)
     engine._update = watch.around("engine: norm, clipping, copies", engine._update)
     inner.step = watch.around("AdamW", inner.step)

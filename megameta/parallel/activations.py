@@ -223,7 +223,7 @@ def _fused_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: f
     columns, width = _columns(model, layout), model.hidden_size
     # In the forward pass: a chunk's logits in float32, beside their product or gradient where that is shorter; the
     # norm's output, and short forms of the weight and of its gradient's next part.
-    chunk = chunk_rows(int(rows), width, columns * layout.tensor)
+    chunk = chunk_rows(int(rows), width, table_rows(model, layout.tensor))
     forward = (4 if widths.linear == 4 else 6) * chunk * columns + widths.residual * rows * width
     if widths.linear == 2:
         forward += 4 * columns * width

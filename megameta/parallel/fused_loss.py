@@ -29,13 +29,12 @@ def chunk_rows(rows: int, width: int, entries: int) -> int:
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None
+        ctx: Any, x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None, rows: int
     ) -> Tensor:
         kind, exact = x_RD.device.type, torch.promote_types(x_RD.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
         grad_x_RD, grad_weight_ND = torch.empty_like(x_RD), torch.zeros_like(weight_ND, dtype=exact)
         total = x_RD.new_zeros((), dtype=exact)
-        rows = chunk_rows(*x_RD.shape, len(weight_ND) * (tp.size if tp else 1))
         with torch.autocast(kind, enabled=False):
             w_ND = weight_ND.to(dtype)
             for x_CD, label_C, grad_CD in zip(x_RD.split(rows), label_R.split(rows), grad_x_RD.split(rows)):
@@ -52,9 +51,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x_RD, grad_weight_ND = ctx.saved_tensors
-        return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), None, None, None
+        return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), None, None, None, None
 
 
 def _loss_and_gradient(
@@ -85,7 +84,12 @@ def _loss_and_gradient(
 
 
 def fused_cross_entropy_sum(
-    x_BTD: Tensor, weight_ND: Tensor, label_BT: Tensor, start: int = 0, tp: TensorParallel | None = None
+    x_BTD: Tensor,
+    weight_ND: Tensor,
+    label_BT: Tensor,
+    start: int = 0,
+    tp: TensorParallel | None = None,
+    entries: int | None = None,
 ) -> Tensor:
     """``cross_entropy_sum`` of the logits x · weightᵀ without holding them: a scalar in nats, at least float32.
 
@@ -98,5 +102,8 @@ def fused_cross_entropy_sum(
         label_BT: in full on every rank.
         tp: where the vocabulary is spread over ranks: 3 · B · T numbers travel, as in ``vocabulary_cross_entropy_sum``,
             in two all-reduces a chunk. The gradient of x is then this rank's part of it.
+        entries: N for the size of chunks. Ranks that hold different numbers of entries must name one, the same on all:
+            they meet in every chunk.
     """
-    return _FusedCrossEntropy.apply(x_BTD.flatten(0, -2), weight_ND, label_BT.flatten(), start, tp)
+    rows = chunk_rows(label_BT.numel(), x_BTD.shape[-1], len(weight_ND) if entries is None else entries)
+    return _FusedCrossEntropy.apply(x_BTD.flatten(0, -2), weight_ND, label_BT.flatten(), start, tp, rows)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
@@ -87,7 +88,7 @@ class Stage(nn.Module):
         """M of the batches to come, where it is known."""
         self.tensor_parallel: TensorParallel | None = None
         self.fuses_loss = False
-        """Whether the last stage hands the loss what logits are made of, in training."""
+        """Whether the last stage hands the loss what logits are made of."""
         self.embedding: Any = None
         if self.is_first:
             self.embedding = Embedding(config, vocab_multiple)
@@ -119,7 +120,7 @@ class Stage(nn.Module):
         x_BTD = run_blocks(self.blocks.values(), x_BTD, context, recompute=recompute)
         if self.head is None:
             return (x_BTD, *rows)
-        project = (lambda *parts: parts) if self.fuses_loss and self.training else None
+        project = (lambda *parts: parts) if self.fuses_loss else None
         return self.head(x_BTD, self.embedding.tokens.weight if self.embedding is not None else None, project)
 
 
@@ -145,8 +146,9 @@ def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[T
 
 def fused_loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
     """(x, weight, label_BT) to the sum of cross-entropies, for the whole vocabulary or this rank's entries."""
-    start = tp.rank * vocabulary_multiple(config, tp.size) if tp is not None else 0
-    return partial(fused_cross_entropy_sum, start=start, tp=tp)
+    entries = vocabulary_multiple(config, tp.size if tp is not None else 1)
+    start = tp.rank * entries if tp is not None else 0
+    return partial(fused_cross_entropy_sum, start=start, tp=tp, entries=entries)
 
 
 def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
@@ -176,6 +178,21 @@ def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[.
     return score
 
 
+def fused_score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
+    """``score_function`` from (x, weight) in place of logits, of which those of one sequence exist at a time."""
+    score = score_function(config, tp)
+
+    def score_sequences(
+        x_BTD: Tensor, weight_ND: Tensor, label_BT: Tensor, group_BT: Tensor | None = None, num_groups: int = 0
+    ) -> Tensor:
+        groups = [None] * len(x_BTD) if group_BT is None else group_BT.split(1)
+        rows = zip(x_BTD.split(1), label_BT.split(1), groups, strict=True)
+        scores = [score(F.linear(x_1TD, weight_ND), label, group, num_groups) for x_1TD, label, group in rows]
+        return torch.stack(scores).sum(dim=0)
+
+    return score_sequences
+
+
 class StageLoss:
     """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
 
@@ -183,7 +200,7 @@ class StageLoss:
     alone.
 
     Args:
-        cross_entropy: of what the last stage returns in training (two of them: (x, weight)) and of labels.
+        cross_entropy, score: of logits, or of the (x, weight) that a stage with a fused loss returns, and of labels.
     """
 
     def __init__(self, cross_entropy: Callable[..., Tensor], score: Callable[..., Tensor]) -> None:
@@ -197,10 +214,10 @@ class StageLoss:
     def __call__(self, output: Any, label: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Sum of cross-entropies times ``scale``. Labels (B, T), or (labels, groups)."""
         label_BT, group_BT = label if isinstance(label, tuple) else (label, None)
-        if self.scoring:
-            self.sums.append(self.score(output, label_BT, group_BT, self.num_groups).detach())
-            return self.sums[-1][0]
         parts = output if isinstance(output, tuple) else (output,)
+        if self.scoring:
+            self.sums.append(self.score(*parts, label_BT, group_BT, self.num_groups).detach())
+            return self.sums[-1][0]
         loss_sum = self.cross_entropy(*parts, label_BT)
         self.sums.append(loss_sum.detach().double())
         return loss_sum * self.scale

@@ -13,6 +13,7 @@ from megameta.parallel.pipeline import (
     Stage,
     StageLoss,
     fused_loss_function,
+    fused_score_function,
     loss_function,
     make_pipeline,
     pack_rows,
@@ -32,9 +33,9 @@ class PipelineEngine(Engine):
     def _wrap(self, model: Any) -> Any:
         self.stage: Stage = model
         self.stage.fuses_loss = self.config.train.fused_loss
-        make_loss = fused_loss_function if self.stage.fuses_loss else loss_function
-        functions = (make(self.config.model, self.groups.tensor) for make in (make_loss, score_function))
-        self.loss = StageLoss(*functions)
+        fused = self.stage.fuses_loss
+        makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
+        self.loss = StageLoss(*(make(self.config.model, self.groups.tensor) for make in makers))
         return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
 
     def _mpu(self) -> Any:

@@ -65,7 +65,10 @@ def measure(config: RunConfig, *, recompute: bool) -> tuple[int, int]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
             if config.train.fused_loss:
                 context = make_context(config.model, token_BT, document_BT=document_BT, num_meta_columns=meta)
-                x_BTD, fused = model.hidden_states(token_BT, context), partial(fused_cross_entropy_sum, label_BT=label_BT)
+                x_BTD, fused = (
+                    model.hidden_states(token_BT, context),
+                    partial(fused_cross_entropy_sum, label_BT=label_BT),
+                )
                 return model.head(x_BTD, model.embedding.tokens.weight, fused)
             logits = model(token_BT, document_BT=document_BT, num_meta_columns=meta)
             return cross_entropy_sum(logits, label_BT)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from live_tensors import LiveTensors
 from ranks import run_ranks
 
-from megameta.model import cross_entropy_sum
+from megameta.model import ModelConfig, cross_entropy_sum
 from megameta.parallel import fused_loss
 from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
+from megameta.parallel.pipeline import fused_score_function, score_function
 
 WIDTH, ENTRIES = 24, 301
 
@@ -101,6 +102,19 @@ def test_logits_of_all_rows_are_never_held():
     assert peaks["fused"] < 0.4 * whole
 
 
+def test_scores_by_sequence():
+    x, weight, label, _ = make_case()
+    group = (torch.arange(label.shape[1]) % 2).expand_as(label)
+    x.data[0] *= 3  # some targets are the most likely token
+    label[2, 5:] = -100
+    label[2, :5] = F.linear(x, weight)[2, :5].argmax(dim=-1)
+    with torch.no_grad():
+        wanted = score_function(ModelConfig(), None)(F.linear(x, weight), label, group, 2)
+        found = fused_score_function(ModelConfig(), None)(x, weight, label, group, 2)
+    assert wanted[1] >= 5 and wanted[2] == 1
+    torch.testing.assert_close(found, wanted)
+
+
 def test_rows_of_a_chunk():
     assert chunk_rows(8192, 768, 50304) == 256
     assert chunk_rows(65536, 4096, 50304) == 5336
@@ -110,13 +124,13 @@ def test_rows_of_a_chunk():
 
 def _on_ranks(topology, uneven):
     """Errors of this rank's part: the ranks hold the entries in equal parts, or the second one holds none."""
-    fused_loss.MIN_ROWS = 16
+    fused_loss.MIN_ROWS = 2  # so that the size of chunks follows from the number of entries, which differs
     tp = TensorParallel(dist.group.WORLD, topology.world_size, topology.rank)
     width = ENTRIES if uneven else -(-ENTRIES // topology.world_size)
     start, stop = (min(r * width, ENTRIES) for r in (topology.rank, topology.rank + 1))
     x, weight, label, scale = make_case(torch.float32)
     own = weight.detach()[start:stop].clone().requires_grad_()
-    loss = fused_cross_entropy_sum(x, own, label, start, tp)
+    loss = fused_cross_entropy_sum(x, own, label, start, tp, entries=width)
     (loss * scale).backward()
     dist.all_reduce(x.grad)
     wanted = expected()
