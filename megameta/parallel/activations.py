@@ -222,10 +222,10 @@ def _fused_head(model: ModelConfig, widths: Widths, layout: Layout, rows: float,
 def _fused_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
     columns, width = _columns(model, layout), model.hidden_size
     # In the forward pass: a chunk's logits in float32, beside their product or gradient where that is shorter; the
-    # norm's output, and short forms of the weight and of its gradient's next part.
+    # norm's output, and the short form of the weight.
     chunk = chunk_rows(int(rows), width, table_rows(model, layout.tensor))
     forward = (4 if widths.linear == 4 else 6) * chunk * columns + widths.residual * rows * width
     if widths.linear == 2:
-        forward += 4 * columns * width
+        forward += 2 * columns * width
     # In the backward pass the weight's gradient is padded to the whole table.
     return max(forward, widths.weight * table_rows(model, layout.tensor) * width)

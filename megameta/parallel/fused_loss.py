@@ -47,6 +47,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     grad_weight_ND.addmm_(grad_CN.t(), x_CD)
                 else:
                     grad_weight_ND += grad_CN.t() @ x_CD
+                del grad_CN  # or it would live beside the next chunk's logits
         ctx.save_for_backward(grad_x_RD, grad_weight_ND.to(weight_ND.dtype))
         return total
 
