@@ -27,10 +27,9 @@ class LossModule(nn.Module):
         self.gpt = gpt
         self.tensor_parallel = tensor_parallel
         self.fused = fused
-        make_loss, make_score = (
-            (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
-        )
-        self.cross_entropy, self.score = (make(gpt.config, tensor_parallel) for make in (make_loss, make_score))
+        makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
+        self.cross_entropy: Callable[..., Tensor] = makers[0](gpt.config, tensor_parallel)
+        self.score: Callable[..., Tensor] = makers[1](gpt.config, tensor_parallel)
 
     def forward(self, batch: Batch, score: bool = False, num_groups: int = 0) -> Tensor:
         """Sum of the batch's cross-entropies in nats, a scalar; with ``score``: of ``score_function``, (3 + G,)."""
