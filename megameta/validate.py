@@ -132,6 +132,10 @@ def _finetune(config: RunConfig) -> list[str]:
             f"finetune.phases end at {tuning.phases[-1]} tokens, data.sequence_length is {config.data.sequence_length}:"
             " raise it"
         )
+    if config.train.compile != "none":
+        found.append(
+            "train.compile=blocks compiles for batches of one length, and those of tasks differ: set train.compile=none"
+        )
     if config.data.tokenizer is None:
         found.append("finetune.directory needs data.tokenizer, which encodes the examples")
     if tuning.markers is False and config.model.meta_attention:

@@ -138,6 +138,7 @@ def _own_error(alone: list[dict[str, Any]], reference: Any) -> float:
 def _same_model(case: Case) -> Case:
     """What decides the reference: the model and its data, not the layout, micro-batches or precision."""
     fixed = {"micro": "1", "sequence": "off", "recompute": "off", "precision": "fp32"}
+    fixed |= {"loss": "logits", "compile": "none"}
     factors = tuple((factor, fixed.get(factor, level)) for factor, level in case.factors)
     return Case(1, case.pipeline if case.pipeline > 2 else 1, 1, 0, factors)
 

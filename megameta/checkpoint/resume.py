@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "train.num_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.compile",
+    "train.fused_loss",
     "train.check_replicas_every",
     "train.peak_tflops",
     "optimizer.min_lr",

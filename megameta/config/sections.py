@@ -147,6 +147,10 @@ class TrainSection(Section):
     """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
+    compile: Literal["none", "blocks"] = "none"
+    """Compile the model's blocks with torch.compile, once at the start of training; evaluations are not compiled."""
+    fused_loss: bool = False
+    """Loss and its gradient a few rows at a time, so that the logits of a micro-batch are never held."""
     check_replicas_every: int = Field(0, ge=0)
     """Steps between checks that replicas of every parameter are bitwise equal on all ranks; 0: never."""
     peak_tflops: float | None = Field(None, gt=0)

@@ -7,8 +7,9 @@
 Letters: B batch, T rows, D model width, F feed-forward width, V vocabulary (logical), P vocabulary (padded).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,11 +121,16 @@ class Head(nn.Module):
             else nn.Linear(config.hidden_size, config.padded_vocab_size(vocab_multiple), bias=False)
         )
 
-    def forward(self, x_BTD: Tensor, embedding_PD: Tensor) -> Tensor:
-        """(B, T, D) to logits (B, T, V); padding rows of the vocabulary take no part, so their gradient is zero."""
+    def forward(self, x_BTD: Tensor, embedding_PD: Tensor, project: Callable | None = None) -> Any:
+        """(B, T, D) to logits (B, T, V); padding rows of the vocabulary take no part, so their gradient is zero.
+
+        Args:
+            project: what is made of normalised x (B, T, D) and the weight (V, D) in place of logits.
+        """
         weight_PD = embedding_PD if self.output is None else self.output.weight
         # Rows cut off the weight, not columns off the logits: that would copy B · T · V numbers.
-        return F.linear(self.norm(x_BTD), weight_PD[: self.vocab_size])
+        weight_VD = weight_PD[: self.vocab_size]
+        return F.linear(self.norm(x_BTD), weight_VD) if project is None else project(self.norm(x_BTD), weight_VD)
 
 
 def run_blocks(

@@ -10,6 +10,7 @@ tensors):
 - Attention keeps queries, keys, values, its output and a float32 log-sum a row and head; never a T × T matrix, except
   for the mask of documents, which sdpa converts in every layer.
 - The loss keeps float32 log-probabilities of all rows; its backward pass needs two more of that size for a moment.
+  Fused, it keeps the gradients of hidden states and output weight, and needs a chunk's logits for a moment.
 
 Letters: B batch, T rows, S rows of the residual stream here (T / n under sequence parallelism), M meta rows, D model
 width, F feed-forward width, V vocabulary entries here, n tensor-parallel ranks.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig
 from megameta.model import ModelConfig
+from megameta.parallel.fused_loss import chunk_rows
 from megameta.parallel.layout import Layout, block_weights, table_rows
 
 
@@ -64,7 +66,7 @@ class Activations:
     branch_shared: float
     """Kept once where any block has the branch: places and rotations of the meta rows."""
     head: float
-    """Final norm, copy of the output weight, log-probabilities. Last stage only."""
+    """Final norm, copy of the output weight, log-probabilities (fused: gradients in their place). Last stage only."""
     stage_output: float
     """Hidden states handed to the next stage, which the pipeline holds until their gradient is back."""
     block_temporary: float
@@ -72,7 +74,7 @@ class Activations:
     head_temporary: float
     """The same for head and loss."""
     logits: float
-    """Of which DeepSpeed's pipeline holds on to two micro-batches'."""
+    """Of which DeepSpeed's pipeline holds on to two micro-batches'; what they are made of, where the loss is fused."""
 
     def kept(self, num_blocks: int, num_branches: int, *, last: bool, recompute: bool) -> float:
         """Between a micro-batch's forward and backward pass. ``num_branches``: of the blocks, those with a branch."""
@@ -102,7 +104,7 @@ class Activations:
 
 def activations(config: RunConfig, layout: Layout) -> Activations:
     """Of a micro-batch under this layout; the configuration's own layout plays no part."""
-    model, widths = config.model, Widths.of(config.train.precision, layout.zero_stage)
+    model, fused, widths = config.model, config.train.fused_loss, Widths.of(config.train.precision, layout.zero_stage)
     rows = layout.micro_batch_size * config.data.sequence_length
     own_rows = rows / layout.tensor if layout.sequence_parallel else rows
     meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens)
@@ -133,11 +135,11 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
         branch_copies=2.0 * branch_weights if widths.copies else 0.0,
         shared=_shared(config, layout, rows),
         branch_shared=_branch_shared(model, meta_rows),
-        head=_head(model, widths, layout, rows, own_rows),
+        head=(_fused_head if fused else _head)(model, widths, layout, rows, own_rows),
         stage_output=block_input,
         block_temporary=4 * block_input + inside,
-        head_temporary=_head_temporary(model, widths, layout, rows),
-        logits=widths.linear * rows * _columns(model, layout),
+        head_temporary=(_fused_temporary if fused else _head_temporary)(model, widths, layout, rows),
+        logits=widths.residual * rows * width if fused else widths.linear * rows * _columns(model, layout),
     )
 
 
@@ -209,3 +211,21 @@ def _head_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: fl
     table = columns * model.hidden_size
     weight = (widths.linear + 4 + (4 if widths.linear == 2 else 0)) * table + (widths.linear - 4) * logits
     return max(loss, weight)
+
+
+def _fused_head(model: ModelConfig, widths: Widths, layout: Layout, rows: float, own_rows: float) -> float:
+    """The final norm, and the gradients that wait for the backward pass."""
+    kept = widths.residual * own_rows * model.hidden_size + _norm(model, widths, own_rows)
+    return kept + (widths.residual * rows + widths.weight * _columns(model, layout)) * model.hidden_size
+
+
+def _fused_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
+    columns, width = _columns(model, layout), model.hidden_size
+    # In the forward pass: a chunk's logits in float32, beside their product or gradient where that is shorter; the
+    # norm's output, and the short form of the weight.
+    chunk = chunk_rows(int(rows), width, table_rows(model, layout.tensor))
+    forward = (4 if widths.linear == 4 else 6) * chunk * columns + widths.residual * rows * width
+    if widths.linear == 2:
+        forward += 2 * columns * width
+    # In the backward pass the weight's gradient is padded to the whole table.
+    return max(forward, widths.weight * table_rows(model, layout.tensor) * width)

@@ -10,9 +10,11 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
@@ -20,6 +22,7 @@ from megameta.model.flops import block_flops, head_flops
 from megameta.model.gpt import run_blocks
 from megameta.model.loss import IGNORE_INDEX
 from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
+from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.tensor_parallel import shard_context, vocabulary_multiple
 from megameta.parallel.topology import Topology
@@ -84,6 +87,8 @@ class Stage(nn.Module):
         self.num_meta_columns: int | None = None
         """M of the batches to come, where it is known."""
         self.tensor_parallel: TensorParallel | None = None
+        self.fuses_loss = False
+        """Whether the last stage hands the loss what logits are made of."""
         self.embedding: Any = None
         if self.is_first:
             self.embedding = Embedding(config, vocab_multiple)
@@ -97,7 +102,7 @@ class Stage(nn.Module):
         """(tokens, …) on the first stage, (x, tokens, …) on the others; … is documents, positions where both exist.
 
         Returns:
-            (x, tokens, …) for the next stage, or logits (B, T, V) on the last.
+            (x, tokens, …) for the next stage; on the last logits (B, T, V), or (x, weight) where it fuses the loss.
         """
         x_BTD, rows = (None, inputs) if self.is_first else (inputs[0], inputs[1:])
         token_BT, document_BT, position_BT = unpack_rows(rows)
@@ -115,7 +120,8 @@ class Stage(nn.Module):
         x_BTD = run_blocks(self.blocks.values(), x_BTD, context, recompute=recompute)
         if self.head is None:
             return (x_BTD, *rows)
-        return self.head(x_BTD, self.embedding.tokens.weight if self.embedding is not None else None)
+        project = (lambda *parts: parts) if self.fuses_loss else None
+        return self.head(x_BTD, self.embedding.tokens.weight if self.embedding is not None else None, project)
 
 
 def pack_rows(token_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None) -> tuple[Tensor, ...]:
@@ -136,6 +142,13 @@ def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[T
         return cross_entropy_sum
     start = tp.rank * vocabulary_multiple(config, tp.size)
     return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
+
+
+def fused_loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
+    """(x, weight, label_BT) to the sum of cross-entropies, for the whole vocabulary or this rank's entries."""
+    entries = vocabulary_multiple(config, tp.size if tp is not None else 1)
+    start = tp.rank * entries if tp is not None else 0
+    return partial(fused_cross_entropy_sum, start=start, tp=tp, entries=entries)
 
 
 def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
@@ -165,14 +178,32 @@ def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[.
     return score
 
 
+def fused_score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
+    """``score_function`` from (x, weight) in place of logits, of which those of one sequence exist at a time."""
+    score = score_function(config, tp)
+
+    def score_sequences(
+        x_BTD: Tensor, weight_ND: Tensor, label_BT: Tensor, group_BT: Tensor | None = None, num_groups: int = 0
+    ) -> Tensor:
+        groups = [None] * len(x_BTD) if group_BT is None else group_BT.split(1)
+        rows = zip(x_BTD.split(1), label_BT.split(1), groups, strict=True)
+        scores = [score(F.linear(x_1TD, weight_ND), label, group, num_groups) for x_1TD, label, group in rows]
+        return torch.stack(scores).sum(dim=0)
+
+    return score_sequences
+
+
 class StageLoss:
     """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
 
     ``scoring``: whether that is what ``score_function`` gives, for ``num_groups`` groups, or the sum of cross-entropies
     alone.
+
+    Args:
+        cross_entropy, score: of logits, or of the (x, weight) that a stage with a fused loss returns, and of labels.
     """
 
-    def __init__(self, cross_entropy: Callable[[Tensor, Tensor], Tensor], score: Callable[..., Tensor]) -> None:
+    def __init__(self, cross_entropy: Callable[..., Tensor], score: Callable[..., Tensor]) -> None:
         self.cross_entropy = cross_entropy
         self.score = score
         self.scale = 1.0
@@ -180,13 +211,14 @@ class StageLoss:
         self.num_groups = 0
         self.sums: list[Tensor] = []
 
-    def __call__(self, logits_BTV: Tensor, label: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, output: Any, label: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Sum of cross-entropies times ``scale``. Labels (B, T), or (labels, groups)."""
         label_BT, group_BT = label if isinstance(label, tuple) else (label, None)
+        parts = output if isinstance(output, tuple) else (output,)
         if self.scoring:
-            self.sums.append(self.score(logits_BTV, label_BT, group_BT, self.num_groups).detach())
+            self.sums.append(self.score(*parts, label_BT, group_BT, self.num_groups).detach())
             return self.sums[-1][0]
-        loss_sum = self.cross_entropy(logits_BTV, label_BT)
+        loss_sum = self.cross_entropy(*parts, label_BT)
         self.sums.append(loss_sum.detach().double())
         return loss_sum * self.scale
 

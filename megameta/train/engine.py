@@ -19,6 +19,7 @@ from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
+from megameta.train.compile import as_written, compile_blocks
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
@@ -83,6 +84,8 @@ class Engine:
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)
         model = build_part(config, topology, self.groups.tensor, weights)
         halves = config.train.precision == "fp16" and config.parallel.zero_stage > 0
+        if config.train.compile == "blocks":
+            compile_blocks(model, topology.device_type, partitioned=config.parallel.zero_stage == 3)
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if halves else {}
         module = self._wrap(model)
         self.optimizer = make_optimizer(module, config.optimizer)
@@ -107,7 +110,7 @@ class Engine:
 
     def _wrap(self, model: Any) -> Any:
         """The module for DeepSpeed around the model."""
-        module = LossModule(model, self.groups.tensor)
+        module = LossModule(model, self.groups.tensor, fused=self.config.train.fused_loss)
         return module if self.config.parallel.zero_stage == 3 else module.to(self.topology.device)
 
     def _mpu(self) -> Any:
@@ -194,7 +197,8 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], byte_counts: Tensor | None, num_groups: int = 0) -> Scores:
         """Sums over all ranks. Every rank passes as many batches; with ``num_groups`` all of them have groups."""
-        total, counts = self._sum_scores(self._equal_shards(batches), byte_counts, num_groups)
+        with as_written(self.config):
+            total, counts = self._sum_scores(self._equal_shards(batches), byte_counts, num_groups)
         per_rank = [self._gather(part) for part in total]
         sums = [sum(values[rank] for rank in self.topology.loss_ranks()) for values in per_rank]
         return make_scores(sums, self._sum_over_replicas(counts))
@@ -216,9 +220,10 @@ class Engine:
     # --- agreement between ranks ------------------------------------------------------------------------------------
 
     def _sum(self, values: list[int]) -> list[int]:
+        if self.topology.world_size == 1:
+            return values  # no way to a device and back
         tensor = torch.tensor(values, dtype=torch.int64, device=self.topology.device)
-        if self.topology.world_size > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
     def _sum_over_replicas(self, values: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,25 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 from megameta.model import GPT, make_context
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.pipeline import loss_function, score_function
+from megameta.parallel.pipeline import fused_loss_function, fused_score_function, loss_function, score_function
 from megameta.parallel.tensor_parallel import shard_context
 
 
 class LossModule(nn.Module):
-    """The model and its loss in one forward pass, as DeepSpeed wants it."""
+    """The model and its loss in one forward pass, as DeepSpeed wants it.
 
-    def __init__(self, gpt: GPT, tensor_parallel: TensorParallel | None = None) -> None:
+    Args:
+        fused: losses come from hidden states, and no logits of a whole batch exist (``fused_loss``).
+    """
+
+    def __init__(self, gpt: GPT, tensor_parallel: TensorParallel | None = None, *, fused: bool = False) -> None:
         super().__init__()
         self.gpt = gpt
         self.tensor_parallel = tensor_parallel
-        self.cross_entropy = loss_function(gpt.config, tensor_parallel)
-        self.score = score_function(gpt.config, tensor_parallel)
+        self.fused = fused
+        makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
+        self.cross_entropy: Callable[..., Tensor] = makers[0](gpt.config, tensor_parallel)
+        self.score: Callable[..., Tensor] = makers[1](gpt.config, tensor_parallel)
 
     def forward(self, batch: Batch, score: bool = False, num_groups: int = 0) -> Tensor:
         """Sum of the batch's cross-entropies in nats, a scalar; with ``score``: of ``score_function``, (3 + G,)."""
@@ -37,12 +44,14 @@ class LossModule(nn.Module):
         x_BTD = self.gpt.hidden_states(batch.token_BT, context)
         # Where loss is on answers alone most logits are for nothing. (Sharded sequences are not cut by columns.)
         first = batch.first_target if self.tensor_parallel is None else 0
-        logits_BTN = self.gpt.head(x_BTD[:, first:], self.gpt.embedding.tokens.weight)
         label_BT = batch.label_BT[:, first:]
+        loss = partial(self.cross_entropy, label_BT=label_BT)
         if score:
             group_BT = batch.group_BT if batch.group_BT is None else batch.group_BT[:, first:]
-            return self.score(logits_BTN, label_BT, group_BT, num_groups)
-        return self.cross_entropy(logits_BTN, label_BT)
+            loss = partial(self.score, label_BT=label_BT, group_BT=group_BT, num_groups=num_groups)
+        # What is fused is computed inside the head, where ZeRO 3 has its weights.
+        x_BTD, weight_PD = x_BTD[:, first:], self.gpt.embedding.tokens.weight
+        return self.gpt.head(x_BTD, weight_PD, loss) if self.fused else loss(self.gpt.head(x_BTD, weight_PD))
 
 
 @dataclass(frozen=True)

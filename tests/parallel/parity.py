@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from train_cases import full_state, oracle_run, training_set, write_corpus
@@ -18,6 +19,7 @@ from megameta.config import RunConfig, build_config
 from megameta.data.loader import StepLoader
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
+from megameta.train import compile
 from megameta.train.evaluation import Evaluator
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.pipeline_engine import make_engine
@@ -65,6 +67,8 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sequence": {"on": {"parallel__sequence_parallel": True}, "off": {}},
     "micro": {"2": {"train__micro_batch_size": 2}, "1": {"train__micro_batch_size": 1}},
+    "loss": {"logits": {}, "fused": {"train__fused_loss": True}},
+    "compile": {"none": {}, "blocks": {"train__compile": "blocks"}},
     "precision": {"fp32": {}, "bf16": {"train__precision": "bf16"}},
 }
 ALL_ON = {factor: next(iter(levels)) for factor, levels in FACTORS.items()}
@@ -197,7 +201,8 @@ def run_case(
     topology = dataclasses.replace(topology, tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline)
     validate(config, world_size=topology.world_size, device="cpu")
     start = time.perf_counter()
-    with mutation():
+    # Tracing and the backward pass of what is traced are the same; a machine's compiler would take a minute a case.
+    with mutation(), mock.patch.object(compile, "BACKEND", "aot_eager"):
         engine = make_engine(config, topology)
         initial, _ = full_state(engine)
         loader = StepLoader(

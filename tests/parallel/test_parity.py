@@ -11,9 +11,11 @@ STEPS = 4
 BF16 = tuple({**ALL_ON, "precision": "bf16"}.items())
 #: The branch in one of two layers, and so on one of two stages.
 FIRST, SECOND = (tuple({**ALL_ON, "meta": f"{which} layer"}.items()) for which in ("first", "second"))
+FUSED, COMPILED = (tuple({**ALL_ON, **change}.items()) for change in ({"loss": "fused"}, {"compile": "blocks"}))
+BOTH = tuple({**ALL_ON, "loss": "fused", "compile": "blocks", "recompute": "off"}.items())
 #: By number of processes; ZeRO 3 last, as it patches torch for the rest of the process.
 CASES = {
-    1: [Case(1, 1, 1, 1, BF16)],
+    1: [Case(1, 1, 1, 1, BF16), Case(1, 1, 1, 0, BOTH), Case(1, 1, 1, 1, COMPILED)],
     2: [
         Case(2, 1, 1, 0),
         Case(1, 2, 1, 1),
@@ -21,6 +23,13 @@ CASES = {
         Case(1, 2, 1, 1, SECOND),
         Case(1, 1, 2, 2, FIRST),
         Case(2, 1, 1, 1, BF16),
+        Case(2, 1, 1, 1, FUSED),
+        Case(2, 1, 1, 1, COMPILED),
+        Case(1, 2, 1, 1, FUSED),
+        Case(1, 2, 1, 1, COMPILED),
+        Case(1, 1, 2, 2, BOTH),
+        Case(1, 1, 2, 3, BOTH),
+        Case(2, 1, 1, 3, COMPILED),
         Case(2, 1, 1, 3),
         Case(2, 1, 1, 3, SECOND),
     ],
@@ -54,7 +63,7 @@ def expected(corpus):
 @pytest.fixture(scope="module")
 def expected_of(corpus, expected):
     one_layer = {factors: reference(Case(1, 1, 1, 0, factors), corpus, STEPS) for factors in (FIRST, SECOND)}
-    return {tuple(ALL_ON.items()): expected[STEPS], **one_layer}
+    return dict.fromkeys((tuple(ALL_ON.items()), FUSED, COMPILED, BOTH), expected[STEPS]) | one_layer
 
 
 @pytest.fixture(scope="module")

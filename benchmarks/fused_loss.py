@@ -1,0 +1,73 @@
+"""The fused loss over logits and cross-entropy, forward and backward, beside torch's own chunked form.
+
+    OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --clock cpu
+
+Random hidden states; one row in ten has no target. --clock cpu counts this process's own seconds on the CPU.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from paired import HEADER, measure, ratio
+from torch import Tensor
+
+from megameta.data.dataset import IGNORE_INDEX
+from megameta.model import cross_entropy_sum
+from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum
+
+
+def torch_chunked(x_BTD: Tensor, weight_VD: Tensor, label_BT: Tensor) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy with its own choice of chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(
+        x_BTD.flatten(0, 1), weight_VD, label_BT.flatten(), reduction="sum", ignore_index=IGNORE_INDEX, options=options
+    )
+
+
+def main() -> None:
+    """Print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("width", 256), ("vocabulary", 8192), ("rows", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--pairs", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    x_BTD = torch.randn(1, arguments.rows, arguments.width, requires_grad=True)
+    weight_VD = (0.02 * torch.randn(arguments.vocabulary, arguments.width)).requires_grad_()
+    label_BT = torch.randint(0, arguments.vocabulary, (1, arguments.rows))
+    label_BT[:, ::10] = IGNORE_INDEX
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+
+    def timed(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], float]:
+        def run() -> float:
+            x_BTD.grad = weight_VD.grad = None
+            start = clock()
+            loss(x_BTD, weight_VD, label_BT).backward()
+            return clock() - start
+
+        return run
+
+    def logits(x: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy_sum(F.linear(x, weight), label)
+
+    candidates = {
+        "A/A": timed(logits),
+        "fused": timed(fused_cross_entropy_sum),
+        "torch's chunked form": timed(torch_chunked),
+    }
+    chunk = chunk_rows(arguments.rows, arguments.width, arguments.vocabulary)
+    shape = f"R {arguments.rows}, D {arguments.width}, V {arguments.vocabulary}, chunks of {chunk} rows"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); {shape}, {arguments.clock} clock")
+    print(f"load {os.getloadavg()[0]:.1f}")
+    print(HEADER)
+    for name, values in measure(timed(logits), candidates, arguments.pairs).items():
+        print(ratio(name, *values).row(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

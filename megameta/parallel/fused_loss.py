@@ -1,0 +1,110 @@
+"""Cross-entropy straight from hidden states: logits exist for a few rows at a time, never for all of them (B · T · N).
+
+While a chunk's logits are at hand its gradients are made too, and the backward pass only scales them: no product is
+computed twice. From the forward to the backward pass are kept the gradients of the hidden states (R · D) and of the
+output weight (N · D) in place of R · N log-probabilities.
+
+Letters: R rows, C rows of a chunk, D model width, N entries of the vocabulary here (all V, or this rank's).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megameta.model.loss import IGNORE_INDEX
+from megameta.parallel.groups import TensorParallel
+
+#: A chunk has at least as many rows: less would make thin matrix products, and the weight's gradient is read and
+#: written once a chunk.
+MIN_ROWS = 256
+
+
+def chunk_rows(rows: int, width: int, entries: int) -> int:
+    """Rows of a chunk: as many as make its logits about as large as all hidden states."""
+    return min(rows, max(MIN_ROWS, rows * width // max(1, entries)))
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None, rows: int
+    ) -> Tensor:
+        kind, exact = x_RD.device.type, torch.promote_types(x_RD.dtype, torch.float32)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
+        grad_x_RD, grad_weight_ND = torch.empty_like(x_RD), torch.zeros_like(weight_ND, dtype=exact)
+        total = x_RD.new_zeros((), dtype=exact)
+        with torch.autocast(kind, enabled=False):
+            w_ND = weight_ND.to(dtype)
+            for x_CD, label_C, grad_CD in zip(x_RD.split(rows), label_R.split(rows), grad_x_RD.split(rows)):
+                x_CD = x_CD.to(dtype)
+                loss, grad_CN = _loss_and_gradient((x_CD @ w_ND.t()).to(exact), label_C, start, tp)
+                total += loss
+                grad_CN = grad_CN.to(dtype)
+                grad_CD.copy_(grad_CN @ w_ND)
+                if dtype == exact:
+                    grad_weight_ND.addmm_(grad_CN.t(), x_CD)
+                else:
+                    grad_weight_ND += grad_CN.t() @ x_CD
+                del grad_CN  # or it would live beside the next chunk's logits
+        ctx.save_for_backward(grad_x_RD, grad_weight_ND.to(weight_ND.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_x_RD, grad_weight_ND = ctx.saved_tensors
+        return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), None, None, None, None
+
+
+def _loss_and_gradient(
+    logits_CN: Tensor, label_C: Tensor, start: int, tp: TensorParallel | None
+) -> tuple[Tensor, Tensor]:
+    """The sum of a chunk's cross-entropies and its gradient, which takes the place of the logits."""
+    width = logits_CN.shape[1]
+    # A tensor-parallel rank may hold nothing but padding rows of the vocabulary.
+    top_C = logits_CN.amax(dim=1) if width else logits_CN.new_full(label_C.shape, -torch.inf)
+    if tp is not None:
+        dist.all_reduce(top_C, dist.ReduceOp.MAX, group=tp.group)
+    logits_CN.sub_(top_C[:, None])
+    own_C = (label_C >= start) & (label_C < start + width)
+    column_C1 = (label_C - start).masked_fill(~own_C, 0)[:, None]
+    target_C = logits_CN.gather(1, column_C1)[:, 0].masked_fill(~own_C, 0) if width else torch.zeros_like(top_C)
+    exp_CN = logits_CN.exp_()
+    sums = torch.stack((exp_CN.sum(dim=1), target_C))
+    if tp is not None:
+        dist.all_reduce(sums, group=tp.group)
+    total_C, target_C = sums
+    valid_C = label_C != IGNORE_INDEX
+    # not a product with valid_C: a row without a target may hold anything, and 0 · inf is not 0
+    loss = (total_C.log() - target_C).masked_fill(~valid_C, 0).sum()
+    grad_CN = exp_CN.mul_((valid_C / total_C)[:, None])
+    if width:
+        grad_CN.scatter_add_(1, column_C1, -own_C[:, None].to(grad_CN.dtype))
+    return loss, grad_CN
+
+
+def fused_cross_entropy_sum(
+    x_BTD: Tensor,
+    weight_ND: Tensor,
+    label_BT: Tensor,
+    start: int = 0,
+    tp: TensorParallel | None = None,
+    entries: int | None = None,
+) -> Tensor:
+    """``cross_entropy_sum`` of the logits x · weightᵀ without holding them: a scalar in nats, at least float32.
+
+    The gradient is made in the forward pass, so it is for training alone; a second backward pass is an error. Under
+    autocast the products are made in its dtype, softmax and the sum over chunks in float32.
+
+    Args:
+        x_BTD: hidden states behind the final norm, in full on every rank.
+        weight_ND: logical rows of the output weight that this rank holds; the first is entry ``start``.
+        label_BT: in full on every rank.
+        tp: where the vocabulary is spread over ranks: 3 · B · T numbers travel, as in ``vocabulary_cross_entropy_sum``,
+            in two all-reduces a chunk. The gradient of x is then this rank's part of it.
+        entries: N for the size of chunks. Ranks that hold different numbers of entries must name one, the same on all:
+            they meet in every chunk.
+    """
+    rows = chunk_rows(label_BT.numel(), x_BTD.shape[-1], len(weight_ND) if entries is None else entries)
+    return _FusedCrossEntropy.apply(x_BTD.flatten(0, -2), weight_ND, label_BT.flatten(), start, tp, rows)

@@ -1,0 +1,79 @@
+"""Compiled blocks: the machine's own code against the oracle, the same bits again, names and evaluation untouched.
+
+That each layout trains the same compiled is tested in tests/parallel/test_parity.py.
+"""
+
+import shutil
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import _digest, _make, _steps
+from train_cases import oracle_run, tiny_config, write_corpus
+
+from megameta.errors import UserError
+from megameta.model import GPT
+from megameta.train import compile as compiling
+from megameta.train.evaluation import Evaluator
+from megameta.validate import problems
+
+STEPS = 4
+
+
+def _run(topology, corpus):
+    """Four steps as written, and twice compiled; each with its own evaluation before the first step."""
+    reports = []
+    for choice in ("none", "blocks", "blocks"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = tiny_config(corpus, train__compile=choice, data__valid={"held": [corpus]}, eval__num_samples=3)
+        engine, loader = _make(topology, config)
+        evaluated = Evaluator(config, topology).run(engine)["held"].loss
+        before = dict(torch._dynamo.utils.counters["stats"])
+        results = _steps(engine, loader, config, 1, STEPS)
+        reports.append(
+            {
+                "losses": [r.loss for r in results],
+                "norms": [r.grad_norm for r in results],
+                "digest": _digest(engine),
+                "names": list(engine.model.state_dict()),
+                "evaluated": evaluated,
+                "compiled to evaluate": before,
+                "graphs": torch._dynamo.utils.counters["stats"].get("unique_graphs", 0),
+                "breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+            }
+        )
+        loader.close()
+        engine.destroy()
+    return reports
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_by_the_machine_s_compiler(corpus):
+    written, compiled, again = run_ranks(_run, 1, corpus, timeout=500)[0]
+    oracle = oracle_run(tiny_config(corpus), STEPS)
+    assert compiled["losses"] == pytest.approx(oracle["losses"], rel=1e-5)
+    assert compiled["norms"] == pytest.approx(oracle["norms"], rel=1e-4)
+    assert compiled["digest"] != written["digest"], "nothing was compiled"
+    assert compiled == again, "a run that goes on compiles anew, and must get the same bits"
+    assert compiled["names"] == written["names"]
+    assert compiled["evaluated"] == written["evaluated"] and not compiled["compiled to evaluate"]
+    assert compiled["graphs"] == 1 and compiled["breaks"] == 0, "one graph serves all blocks"
+    assert written["graphs"] == 0
+
+
+def test_without_a_compiler_there_is_one_message(monkeypatch, corpus):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler.*set train.compile=none"):
+        compiling.compile_blocks(GPT(tiny_config(corpus).model), "cpu")
+
+
+def test_tasks_are_not_compiled(corpus):
+    config = tiny_config(corpus, train__compile="blocks", finetune__directory="tasks")
+    assert any("train.compile" in problem for problem in problems(config, world_size=1, device="cpu"))
