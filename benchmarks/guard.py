@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from paired import measure, ratio
+from paired import measure, ratio, seconds
 from sides import write_random_dataset
 
 from megameta.data.dataset import Dataset, SampleFormat
@@ -55,16 +55,16 @@ def data_rows(folder: Path, pairs: int = 30, count: int = 500) -> list[dict[str,
     draws = np.random.default_rng(0).integers(0, 2000, count)
 
     def samples() -> float:
-        start = time.perf_counter()
+        start = seconds()
         for index in draws:
             dataset[int(index)]
-        return time.perf_counter() - start
+        return seconds() - start
 
     def windows() -> float:
-        start = time.perf_counter()
+        start = seconds()
         for index in draws:
             torch.from_numpy(tokens[index * 922 : index * 922 + 1024].astype(np.int64))
-        return time.perf_counter() - start
+        return seconds() - start
 
     series = measure(samples, {"A/A: samples, again": samples, "data: a bare window over a sample": windows}, pairs)
     return [vars(ratio(name, *values)) for name, values in series.items()]

@@ -10,8 +10,8 @@ what the backward pass needs, counted exactly; the peak is beyond what was there
 
 import argparse
 import json
+import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from memory import kept_for_backward, peak_of
-from paired import HEADER, measure, ratio
+from paired import HEADER, measure, ratio, seconds
 
 from megameta.data.counter_random import choose, make_key
 from megameta.model import GPT, Attention, ModelConfig, cross_entropy_sum, initialize_weights
@@ -60,13 +60,13 @@ def make_step(config: ModelConfig, slots: int, length: int, device: str) -> tupl
         return cross_entropy_sum(logits, token_BT.roll(-1, dims=1)) / slots
 
     def step() -> float:
-        start = time.perf_counter()
+        start = seconds()
         for _ in range(max(1, slots // (micro * length))):
             forward().backward()
         model.zero_grad()
         if is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return seconds() - start
 
     kernel = next(module.name for module in model.modules() if isinstance(module, Attention))
     return step, kept_for_backward(forward, model.parameters()), kernel
@@ -91,10 +91,10 @@ def measure_length(arguments: argparse.Namespace, length: int) -> dict[str, Any]
         print(row.row(), flush=True)
     for name in ("no branch", "branch"):
         own, base = series["branch"]
-        seconds = sorted(own if name == "branch" else base)[arguments.pairs // 2]
-        record[name]["tokens_per_second"] = slots / seconds
+        median = statistics.median(own if name == "branch" else base)
+        record[name]["tokens_per_second"] = slots / median
         kept, peak = (record[name][key] / 2**20 for key in ("kept_bytes", "peak_bytes"))
-        print(f"  {name:<12} {slots / seconds:12,.0f} tokens/s, {kept:,.1f} MiB kept, {peak:,.1f} MiB peak", flush=True)
+        print(f"  {name:<12} {slots / median:12,.0f} tokens/s, {kept:,.1f} MiB kept, {peak:,.1f} MiB peak", flush=True)
     return record
 
 

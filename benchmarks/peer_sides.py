@@ -14,13 +14,13 @@ import re
 import resource
 import runpy
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from paired import seconds
 
 
 class Gate:
@@ -29,7 +29,7 @@ class Gate:
     def __init__(self, replies: int, device: str) -> None:
         self._replies, self._cuda = os.fdopen(replies, "w"), device == "cuda"
         self._asked = self._left = 1
-        self._start = time.perf_counter()
+        self._start = seconds()
 
     def pass_step(self, loss: float | None = None) -> None:
         """A step has ended. Returns when the next may begin; raises EOFError when there is to be none."""
@@ -38,7 +38,7 @@ class Gate:
             return
         if self._cuda:
             torch.cuda.synchronize()
-        answer: dict[str, Any] = {"seconds": time.perf_counter() - self._start, "steps": self._asked, "loss": loss}
+        answer: dict[str, Any] = {"seconds": seconds() - self._start, "steps": self._asked, "loss": loss}
         peak = torch.cuda.max_memory_allocated() if self._cuda else 1024 * resource.getrusage(0).ru_maxrss
         self._replies.write(json.dumps(answer | {"peak_bytes": peak}) + "\n")
         self._replies.flush()
@@ -46,7 +46,7 @@ class Gate:
         if not line.strip():
             raise EOFError
         self._asked = self._left = int(line)
-        self._start = time.perf_counter()
+        self._start = seconds()
 
 
 def ours(settings: dict[str, Any], gate: Gate) -> None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from dense import make_dense
 from memory import kept_for_backward
-from paired import HEADER, measure, ratio
+from paired import HEADER, measure, ratio, seconds
 
 from megameta.data.counter_random import choose, make_key
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights
@@ -65,7 +64,7 @@ def make_step(
     def now() -> float:
         if is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return seconds()
 
     def step(*, update: bool = True, only_update: bool = False) -> float:
         start = now()

@@ -1,4 +1,4 @@
-"""Saves that a thread writes, of one process: the same files, one at a time, and what is left of one that is dropped."""
+"""Saves that a thread writes, of one process: the same files, one at a time, what is left of one that is dropped."""
 
 import pytest
 import torch
