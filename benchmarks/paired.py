@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 #: With BENCHMARK_CLOCK=cpu: processor seconds of this process, all its threads. What other programs take on a busy
 #: machine does not count there, nor does waiting (for a disk, a GPU, another process). Otherwise: seconds on the wall.
-seconds = time.process_time if os.environ.get("BENCHMARK_CLOCK") == "cpu" else time.perf_counter
+ON_THE_WALL = os.environ.get("BENCHMARK_CLOCK") != "cpu"
+seconds = time.perf_counter if ON_THE_WALL else time.process_time
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ def ratio(name: str, own: Sequence[float], base: Sequence[float], resamples: int
     return Ratio(name, statistics.median(ratios), low, high, statistics.median(own), len(ratios))
 
 
-_UNIT = "CPU step" if seconds is time.process_time else "step"
+_UNIT = "step" if ON_THE_WALL else "CPU step"
 HEADER = f"{'ratio to the baseline':<34} {'median':>6}  {'95 % interval':<16}  {_UNIT:>9}"

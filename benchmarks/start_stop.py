@@ -29,7 +29,7 @@ from megameta.model import ModelConfig
 #: Model, micro-batch size, tokens of the dataset.
 PRESETS: dict[str, tuple[dict[str, int], int, int]] = {
     "smoke": ({"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "length": 64}, 2, 200_000),
-    "cpu": ({"hidden_size": 512, "num_layers": 8, "num_heads": 8, "vocab_size": 8192, "length": 64}, 2, 20_000_000),
+    "cpu": ({"hidden_size": 512, "num_layers": 8, "num_heads": 8, "vocab_size": 8192, "length": 32}, 1, 5_000_000),
     "152m": (
         {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 50258, "length": 1024},
         16,
@@ -39,7 +39,7 @@ PRESETS: dict[str, tuple[dict[str, int], int, int]] = {
 #: Seconds for a start, on a machine that is busy with other things.
 LIMIT = 600.0
 #: Steps between two saves of the run that alternates.
-BETWEEN = 6
+BETWEEN = 5
 
 
 def launch(config: Path, num_steps: int) -> dict[str, float]:
