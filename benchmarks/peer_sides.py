@@ -11,7 +11,6 @@ import builtins
 import json
 import os
 import re
-import resource
 import runpy
 import sys
 from collections.abc import Callable
@@ -39,7 +38,7 @@ class Gate:
         if self._cuda:
             torch.cuda.synchronize()
         answer: dict[str, Any] = {"seconds": seconds() - self._start, "steps": self._asked, "loss": loss}
-        peak = torch.cuda.max_memory_allocated() if self._cuda else 1024 * resource.getrusage(0).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if self._cuda else peak_resident()
         self._replies.write(json.dumps(answer | {"peak_bytes": peak}) + "\n")
         self._replies.flush()
         line = sys.stdin.readline()
@@ -47,6 +46,12 @@ class Gate:
             raise EOFError
         self._asked = self._left = int(line)
         self._start = seconds()
+
+
+def peak_resident() -> int:
+    """Bytes. (getrusage's ru_maxrss begins with that of the process that launched this one.)"""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
 
 
 def ours(settings: dict[str, Any], gate: Gate) -> None:

@@ -192,6 +192,7 @@ def main() -> None:
         write_random_dataset(config.with_name("train"), model.vocab_size - 1, tokens)
         train = {"micro_batch_size": micro, "global_batch_size": micro, "precision": precision, "peak_tflops": 1.0}
         sections = {"train": train, "run": {"device": arguments.device}, "log": {"tensorboard": False}}
+        sections["optimizer"] = {"warmup_steps": 0}
         write_run(config, model, sections)
         print(f"{arguments.preset}: {shape}, {tokens:,} tokens, {arguments.device}, torch {torch.__version__}")
         record: dict[str, Any] = {"command": sys.argv, "starts": starts(config, arguments.repeats)}
