@@ -20,7 +20,7 @@ help:
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
 	@echo "make check       ruff, its formatter, mypy"
-	@echo "make bench       time of a training step with meta-attention over one without"
+	@echo "make bench       small ratios against stored ones: branch, peers, data (10 minutes); exit code 1: one is slower"
 	@echo "make clean       remove .venv, caches and quickstart/"
 	@echo "Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter, ARGS=... adds options to the command."
 
@@ -44,7 +44,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	@$(BIN)/python benchmarks/step_time.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/guard.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info quickstart

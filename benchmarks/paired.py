@@ -1,9 +1,16 @@
 """Ratios from paired measurements: median and bootstrap 95 % interval, never single times (machines drift)."""
 
+import os
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+#: With BENCHMARK_CLOCK=cpu: processor seconds of this process, all its threads. What other programs take on a busy
+#: machine does not count there, nor does waiting (for a disk, a GPU, another process). Otherwise: seconds on the wall.
+ON_THE_WALL = os.environ.get("BENCHMARK_CLOCK") != "cpu"
+seconds = time.perf_counter if ON_THE_WALL else time.process_time
 
 
 @dataclass(frozen=True)
@@ -59,4 +66,5 @@ def ratio(name: str, own: Sequence[float], base: Sequence[float], resamples: int
     return Ratio(name, statistics.median(ratios), low, high, statistics.median(own), len(ratios))
 
 
-HEADER = f"{'ratio to the baseline':<34} {'median':>6}  {'95 % interval':<16}  {'step':>9}"
+_UNIT = "step" if ON_THE_WALL else "CPU step"
+HEADER = f"{'ratio to the baseline':<34} {'median':>6}  {'95 % interval':<16}  {_UNIT:>9}"

@@ -3,21 +3,22 @@
     python benchmarks/step_time.py                      # CPU: D 256, L 4, T 1024
     python benchmarks/step_time.py --preset 152m --device cuda --precision bf16
 
-Prints an A/A row (the baseline against itself), the branch, the same without the optimiser, and the paper's dense form.
+Prints an A/A row (the baseline against itself), the branch, the same without the optimiser, the optimiser by itself,
+the paper's dense form, and the memory that a micro-batch keeps for its backward pass.
 """
 
 import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from dense import make_dense
-from paired import HEADER, measure, ratio
+from memory import kept_for_backward
+from paired import HEADER, measure, ratio, seconds
 
 from megameta.data.counter_random import choose, make_key
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights
@@ -28,6 +29,8 @@ PRESETS = {
     "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "length": 128, "batch": 2},
     "152m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 50258, "length": 1024, "batch": 64},
 }
+#: Most sequences of a micro-batch: the logits of 64 would need 33 GB.
+MICRO_BATCH = 16
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,24 +53,31 @@ def make_step(
     if dense:
         make_dense(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    labels = tokens.roll(-1, dims=1)
     dtype = PRECISIONS[arguments.precision]
     is_cuda = arguments.device.startswith("cuda")
 
-    def step(*, update: bool = True) -> float:
+    def forward(token_BT: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(arguments.device, dtype) if dtype != torch.float32 else nullcontext():
+            logits = model(token_BT, num_meta_columns=columns)
+        return cross_entropy_sum(logits, token_BT.roll(-1, dims=1)) / tokens.numel()
+
+    def now() -> float:
         if is_cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.autocast(arguments.device, dtype) if dtype != torch.float32 else nullcontext():
-            logits = model(tokens, num_meta_columns=columns)
-        (cross_entropy_sum(logits, labels) / tokens.numel()).backward()
+        return seconds()
+
+    def step(*, update: bool = True, only_update: bool = False) -> float:
+        start = now()
+        for token_BT in tokens.split(MICRO_BATCH):
+            forward(token_BT).backward()
+        if only_update:
+            start = now()
         if update:
             optimizer.step()
         optimizer.zero_grad()
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return now() - start
 
+    step.kept_bytes = kept_for_backward(lambda: forward(tokens[:MICRO_BATCH]), model.parameters())
     return step
 
 
@@ -102,7 +112,12 @@ def main() -> None:
         {"branch, optimiser left out": lambda: with_branch(update=False)},
         arguments.pairs,
     )
-    rows = [ratio(name, *values) for name, values in {**series, **without_update}.items()]
+    update_alone = measure(
+        lambda: baseline(only_update=True),
+        {"the optimiser alone": lambda: with_branch(only_update=True)},
+        max(3, arguments.pairs // 3),
+    )
+    rows = [ratio(name, *values) for name, values in {**series, **without_update, **update_alone}.items()]
     arithmetic = forward_flops(branch, length, columns) / forward_flops(plain, length, columns)
     machine = (
         torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
@@ -113,9 +128,15 @@ def main() -> None:
     for row in rows:
         print(row.row())
     print(f"{'arithmetic (model flops)':<34} {arithmetic:6.3f}")
+    kept, micro = [baseline.kept_bytes, with_branch.kept_bytes], min(batch, MICRO_BATCH)
+    plain_mib, more_mib = kept[0] / 2**20, (kept[1] - kept[0]) / 2**20
+    print(
+        f"{'memory kept for backward':<34} {kept[1] / kept[0]:6.3f}  {plain_mib:,.1f} MiB, {more_mib:+,.1f} (B {micro})"
+    )
     if arguments.json:
         record = {"command": sys.argv, "torch": torch.__version__, "machine": machine, "arithmetic": arithmetic}
         record["rows"] = [vars(row) for row in rows]
+        record["kept_bytes"] = {"no branch": kept[0], "branch": kept[1], "micro_batch": micro}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

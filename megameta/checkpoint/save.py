@@ -26,6 +26,9 @@ from megameta.errors import UserError
 from megameta.files import replace_directory, sync, write_synced
 from megameta.model import ModelConfig
 
+#: Of one rank: (bytes and SHA-256 by file, tensors by kind, what failed).
+ShareResult = tuple[dict[str, tuple[int, str]], dict[str, int], str | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class StateEntry:
@@ -51,8 +54,12 @@ class StateSource(Protocol):
         Ranks of other pipeline stages have other entries.
         """
 
-    def gather(self, entry: StateEntry) -> Tensor | None:
-        """The full float32 tensor on the CPU, on its owner; None elsewhere. Collective among the participants."""
+    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
+        """The full float32 tensor on the CPU, on its owner; None elsewhere. Collective among the participants.
+
+        Args:
+            out: a float32 CPU tensor of the entry's shape to put it into, on its owner.
+        """
 
 
 def save_distributed(
@@ -77,31 +84,60 @@ def save_distributed(
         Superseded: on every rank, where the attempt is not the newest any more.
         ValueError: on every rank, where two ranks own a tensor of the same name.
     """
-    tag = f".{attempt.number}" if attempt is not None else ""
-    work = path.with_name(f".{path.name}{tag}.writing")
-    try:
-        owner = _prepare(work, path, source, topology)
-        share = _Share(work, source.entries, owner, topology.rank)
+    work = working_directory(path, attempt)
+    with removed_on_failure(work, topology):
+        share = begin(work, path, source, topology)
         for entry in source.entries:
             share.put(entry, source.gather(entry))
-        shares = exchange(share.finish(), topology)
-        failures = [failure for *_, failure in shares]
-        superseded: str | None = None
-        if topology.rank == 0 and not any(failures):
-            try:
-                failures = [_complete(work, path, config, trainer, shares, attempt)]
-            except Superseded as error:
-                superseded = str(error)
-        if topology.rank == 0 and (superseded or any(failures)):
-            shutil.rmtree(work, ignore_errors=True)  # before the others go on
-        failures, superseded = from_main((failures, superseded), topology)
-        if superseded is not None:
-            raise Superseded(superseded)
-        _raise_first(path, failures)
+        complete(work, path, config, trainer, share.finish(), topology, attempt)
+
+
+def working_directory(path: Path, attempt: Attempt | None) -> Path:
+    """Where a checkpoint is written until it has its name."""
+    tag = f".{attempt.number}" if attempt is not None else ""
+    return path.with_name(f".{path.name}{tag}.writing")
+
+
+@contextmanager
+def removed_on_failure(work: Path, topology: Ranks) -> Iterator[None]:
+    """Rank 0 removes the working directory where the block fails."""
+    try:
+        yield
     except BaseException:
         if topology.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def begin(work: Path, path: Path, source: StateSource, topology: Ranks) -> "Share":
+    """Make the working directory and open this rank's files. Collective."""
+    return Share(work, source.entries, _prepare(work, path, source, topology), topology.rank)
+
+
+def complete(
+    work: Path,
+    path: Path,
+    config: RunConfig,
+    trainer: TrainerState | None,
+    share: ShareResult,
+    topology: Ranks,
+    attempt: Attempt | None,
+) -> None:
+    """Give the directory its name, once every rank's files are on the disk. Collective; raises on every rank."""
+    shares = exchange(share, topology)
+    failures = [failure for *_, failure in shares]
+    superseded: str | None = None
+    if topology.rank == 0 and not any(failures):
+        try:
+            failures = [_complete(work, path, config, trainer, shares, attempt)]
+        except Superseded as error:
+            superseded = str(error)
+    if topology.rank == 0 and (superseded or any(failures)):
+        shutil.rmtree(work, ignore_errors=True)  # before the others go on
+    failures, superseded = from_main((failures, superseded), topology)
+    if superseded is not None:
+        raise Superseded(superseded)
+    _raise_first(path, failures)
 
 
 def write_checkpoint(
@@ -134,7 +170,7 @@ class _InMemory:
             for name in tensors
         ]
 
-    def gather(self, entry: StateEntry) -> Tensor:
+    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor:
         return self._tensors[entry.kind][entry.name].detach().float().cpu()
 
 
@@ -170,7 +206,7 @@ def _file_names(owner: Mapping[tuple[str, str], int], rank: int) -> dict[str, st
     return names
 
 
-class _Share:
+class Share:
     """The files of one rank. Failures are kept, not raised: the other ranks wait in the next gather."""
 
     def __init__(
@@ -199,8 +235,8 @@ class _Share:
                 raise ValueError(f"{entry.name} was not gathered on its owner")
             self._writers[entry.kind].write(entry.name, tensor)
 
-    def finish(self) -> tuple[dict[str, tuple[int, str]], dict[str, int], str | None]:
-        """(bytes and SHA-256 by file, tensors by kind, what failed)."""
+    def finish(self) -> ShareResult:
+        """Close the files, with everything on the disk."""
         files: dict[str, tuple[int, str]] = {}
         for kind, writer in self._writers.items():
             if self._failure is not None:

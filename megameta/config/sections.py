@@ -204,6 +204,9 @@ class CheckpointSection(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that stay on disk."""
+    async_save: bool = False
+    """Copy the state to host memory and write it while training goes on; needs 12 bytes a parameter there, shared among
+    the ranks that write. The checkpoint counts from the first step at which every rank has finished."""
 
 
 class EvalSection(Section):

@@ -239,9 +239,9 @@ class Engine:
         dist.all_gather_into_tensor(values, value)
         return values.tolist()
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; every rank gets the same answer."""
-        return self._sum([int(flag)])[0] > 0
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank; every rank gets the same answers, from one collective."""
+        return [count > 0 for count in self._sum([int(flag) for flag in flags])]
 
     # --- loss scale -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from megameta.checkpoint import (
     prune,
     save_distributed,
 )
+from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.store import point_latest, step_name
 from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
@@ -32,7 +33,7 @@ from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import LOG, StepDisplay, duration
-from megameta.train.engine import NonFiniteGradient
+from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
 from megameta.train.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
 from megameta.train.pipeline_engine import make_engine
@@ -68,6 +69,9 @@ class Trainer:
         self.probe: Probe | None = None
         if config.analysis.interval and make_probe is not None:
             self.probe = make_probe(config, topology)
+        self.saver: BackgroundSaver | None = None
+        if config.checkpoint.async_save:
+            self.saver = BackgroundSaver(topology, pin_memory=topology.device_type == "cuda")
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)
@@ -170,9 +174,14 @@ class Trainer:
                 self._evaluate(sets)
             if self.probe is not None and step % config.analysis.interval == 0:
                 self._analyze(self.probe)
-            stopping = self.engine.any_rank(self.stop.requested)
+            is_writing = self.saver is not None and self.saver.is_writing
+            stopping, is_writing = self.engine.any_rank(self.stop.requested, is_writing)
+            if not is_writing:
+                self._complete_save()
             if last or stopping or step % config.checkpoint.interval == 0:
                 self._save()
+            if last or stopping:
+                self._complete_save()
             if stopping and not last:
                 LOG.info("stopped by a signal after step %d; saved; start it again to go on", step)
                 return EXIT_INTERRUPTED
@@ -193,6 +202,8 @@ class Trainer:
             batches = self.loader.read(batch_number, following)
             result = self.engine.train_step(batches, lr)
         except UserError as error:
+            if isinstance(error, NonFiniteLoss | NonFiniteGradient):  # on every rank, so that all can save together
+                self._complete_save()
             untouched = "" if isinstance(error, NonFiniteGradient) else "Nothing was updated; "
             raise UserError(
                 f"step {step}, batch {batch_number}: {error}. {untouched}the last checkpoint is that of step"
@@ -293,19 +304,36 @@ class Trainer:
         return int(found.name.rpartition("_")[2]) if found else 0
 
     def _save(self) -> None:
-        """Every rank writes its share; ``latest`` moves when the checkpoint is whole, and older ones go after that."""
+        """Every rank writes its share, or copies it for its writing thread."""
         state = replace(
             self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )
         path, attempt = self.checkpoints / step_name(state.step), self.place.attempt
+        self._complete_save()  # the one before, where threads take longer than checkpoint.interval
         self._enter(SAVING)
-        save_distributed(path, self.config, self.engine.state, state, self.topology, attempt)
+        if self.saver is not None:
+            self.saver.begin(path, self.config, self.engine.state, state, attempt)
+        else:
+            save_distributed(path, self.config, self.engine.state, state, self.topology, attempt)
+            self._publish_together(path)
+        self._enter(TRAINING)
+
+    def _complete_save(self) -> None:
+        """Wait for the checkpoint that is being written beside training, if there is one, and publish it."""
+        if self.saver is None or not self.saver.is_pending:
+            return
+        self._enter(SAVING)
+        self._publish_together(self.saver.complete())
+        self._enter(TRAINING)
+
+    def _publish_together(self, path: Path) -> None:
+        """``latest`` moves, and older checkpoints go; what fails on the main rank is raised on all."""
         failure: list[UserError | None] = [None]
         if self.topology.is_main:
             try:
                 if self.metrics:
                     self.metrics.sync()  # after a power cut, too, it reaches to the step that the run goes on from
-                self._publish(path, attempt)
+                self._publish(path, self.place.attempt)
             except Superseded as error:
                 failure = [error]
             except (OSError, UserError) as error:
@@ -314,18 +342,19 @@ class Trainer:
         dist.broadcast_object_list(failure)
         if failure[0]:
             raise failure[0]
-        self._enter(TRAINING)
 
     def _publish(self, path: Path, attempt: Attempt) -> None:
         """Make a saved checkpoint the newest, and remove what it replaces."""
         attempt.check()
         point_latest(path)
         if (heartbeat := self.place.monitor.heartbeat) is not None:
-            heartbeat.saved_step = self.state.step
+            heartbeat.saved_step = int(path.name.rpartition("_")[2])
         attempt.check()
         prune(self.checkpoints, self.config.checkpoint.keep)
 
     def _close(self) -> None:
+        if self.saver is not None:
+            self.saver.cancel()
         self.loader.close()
         for record in (self.display, self.tensorboard, self.metrics):
             if record is not None:

@@ -76,12 +76,14 @@ class EngineState:
             for key in (None, *MOMENTS)
         ]
 
-    def gather(self, entry: StateEntry) -> Tensor | None:
+    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
         """An entry in full, float32, on the CPU, where this rank owns it; None elsewhere. Collective in the stage."""
         key, name = (None, entry.name) if entry.kind == "model" else entry.name.split(".", 1)
         full = self.full(name, self.local(name, key))
+        if entry.owner != self.topology.rank:
+            return None
         # copied: the state goes on changing while it is written
-        return full.float().cpu().clone() if entry.owner == self.topology.rank else None
+        return full.float().cpu().clone() if out is None else out.copy_(full)
 
     def local(self, name: str, key: str | None = None) -> Tensor:
         """This rank's shard of a weight, or of a moment, whole over data-parallel ranks: collective among those."""

@@ -38,11 +38,13 @@ class Source:
             if rank in group
         ]
 
-    def gather(self, entry):
+    def gather(self, entry, out=None):
         self.walked.append(entry.name)
         if entry.owner != self.rank:
             return None
         tensor = tensor_of(entry.name, self.value)
+        if out is not None:
+            return out.copy_(tensor)
         self.alive.add(tensor)
         self.most = max(self.most, len(self.alive))
         return tensor
@@ -187,7 +189,7 @@ def test_ownership_that_does_not_add_up(tmp_path):
 @pytest.mark.parametrize("wrong", [None, torch.zeros(1), torch.zeros(1, 3, dtype=torch.float64), "text"], ids=str)
 def test_what_is_gathered_is_checked(tmp_path, wrong):
     source = Source(0, {("model", "a"): (0, (0,)), ("model", "b"): (0, (0,))})
-    source.gather = lambda entry: wrong
+    source.gather = lambda entry, out=None: wrong
     with pytest.raises(UserError, match=r"rank 0, model-00001-of-00001\.safetensors: "):
         save_distributed(tmp_path / "x", CONFIG, source, STATE, Topology())
     assert list(tmp_path.iterdir()) == []

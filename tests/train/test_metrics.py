@@ -46,11 +46,13 @@ def test_the_lines_are_on_the_disk_before_latest_names_their_checkpoint(tmp_path
     monkeypatch.setattr(loop.dist, "broadcast_object_list", lambda values: None)
     attempt = SimpleNamespace(check=lambda: done.append("still the newest attempt?"))
     trainer = SimpleNamespace(
-        state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path
+        state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path, saver=None
     )
     trainer.place = SimpleNamespace(attempt=attempt, monitor=SimpleNamespace(heartbeat=None))
     trainer._enter = lambda phase: None
     trainer._publish = partial(loop.Trainer._publish, trainer)
+    trainer._publish_together = partial(loop.Trainer._publish_together, trainer)
+    trainer._complete_save = partial(loop.Trainer._complete_save, trainer)
     loop.Trainer._save(trainer)
     asked = "still the newest attempt?"
     assert done == ["save", "sync", asked, "latest", asked, "prune"]

@@ -1,0 +1,146 @@
+"""Saving while training goes on: the tensors are copied, a thread of each rank writes them, and the main threads agree.
+
+    begin      collective: the working directory; this rank's tensors copied to host memory (this is what training waits
+               for); the thread starts
+    is_writing whether this rank's thread is at work; the trainer asks all ranks, in a collective that it makes anyway
+    complete   collective: waits for the threads, then the small files and the name, as in a save without threads
+
+Threads make no collective. Until ``complete`` the checkpoint is a hidden working directory, so that a run that is
+killed in between goes on from the one before; what is left is removed when the next checkpoint is published.
+"""
+
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megameta.attempt import Attempt
+from megameta.checkpoint.ranks import Ranks
+from megameta.checkpoint.save import (
+    Share,
+    ShareResult,
+    StateEntry,
+    StateSource,
+    begin,
+    complete,
+    removed_on_failure,
+    working_directory,
+)
+from megameta.checkpoint.store import TrainerState
+from megameta.config import RunConfig
+
+Copies = list[tuple[StateEntry, Tensor]]
+
+
+class _Writer(threading.Thread):
+    """Writes this rank's share from copies."""
+
+    def __init__(self, share: Share, copies: Copies) -> None:
+        super().__init__(name="checkpoint-writer", daemon=True)
+        self._share, self._copies = share, copies
+        self._cancelled = threading.Event()
+        self.result: ShareResult | None = None
+
+    def run(self) -> None:
+        """Failures are kept by the share, and raised by ``complete`` on every rank."""
+        for entry, tensor in self._copies:
+            if self._cancelled.is_set():
+                break
+            self._share.put(entry, tensor)
+        self.result = self._share.finish()
+
+    def cancel(self) -> None:
+        """End after the tensor that is being written."""
+        self._cancelled.set()
+        self.join()
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that has been begun."""
+
+    work: Path
+    path: Path
+    config: RunConfig
+    trainer: TrainerState | None
+    attempt: Attempt | None
+    writer: _Writer
+
+
+class BackgroundSaver:
+    """Saves of one rank, one at a time. The host memory is taken at the first and kept for the next."""
+
+    def __init__(self, topology: Ranks, *, pin_memory: bool = False) -> None:
+        self._topology, self._pin_memory = topology, pin_memory
+        self._memory: dict[tuple[str, str], Tensor] = {}
+        self._save: _Save | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint has been begun and not completed: the same on every rank."""
+        return self._save is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._save is not None and self._save.writer.is_alive()
+
+    def begin(
+        self,
+        path: Path,
+        config: RunConfig,
+        source: StateSource,
+        trainer: TrainerState | None,
+        attempt: Attempt | None = None,
+    ) -> None:
+        """Copy the state, and start to write it. Collective; arguments and errors are those of ``save_distributed``.
+
+        The one before must have been completed.
+        """
+        if self._save is not None:
+            raise ValueError(f"{self._save.path} has not been completed")
+        work = working_directory(path, attempt)
+        with removed_on_failure(work, self._topology):
+            share = begin(work, path, source, self._topology)
+            gathered = [(entry, source.gather(entry, self._memory_of(entry))) for entry in source.entries]
+            writer = _Writer(share, [(entry, tensor) for entry, tensor in gathered if tensor is not None])
+            self._save = _Save(work, path, config, trainer, attempt, writer)
+            writer.start()
+
+    def complete(self) -> Path:
+        """Wait until every rank has written, and give the checkpoint its name. Collective.
+
+        Raises:
+            UserError, Superseded: as ``save_distributed``, on every rank.
+            ValueError: none has been begun.
+        """
+        if self._save is None:
+            raise ValueError("no save has been begun")
+        save, self._save = self._save, None
+        save.writer.join()
+        if save.writer.result is None:
+            raise RuntimeError(f"{save.path}: its writing thread has died")
+        with removed_on_failure(save.work, self._topology):
+            result, ranks = save.writer.result, self._topology
+            complete(save.work, save.path, save.config, save.trainer, result, ranks, save.attempt)
+        return save.path
+
+    def cancel(self) -> None:
+        """The run ends for another reason: stop writing, and drop what was begun. Not collective."""
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        save.writer.cancel()
+        if self._topology.rank == 0:
+            shutil.rmtree(save.work, ignore_errors=True)
+
+    def _memory_of(self, entry: StateEntry) -> Tensor | None:
+        if entry.owner != self._topology.rank:
+            return None
+        key = (entry.kind, entry.name)
+        if key not in self._memory:
+            self._memory[key] = torch.empty(entry.shape, dtype=torch.float32, pin_memory=self._pin_memory)
+        return self._memory[key]

@@ -1,0 +1,75 @@
+"""Saves that a thread writes, of one process: the same files, one at a time, what is left of one that is dropped."""
+
+import pytest
+import torch
+
+from megameta.checkpoint import TrainerState, open_checkpoint, write_checkpoint
+from megameta.checkpoint.background import BackgroundSaver
+from megameta.checkpoint.ranks import Alone
+from megameta.checkpoint.save import _InMemory
+from megameta.checkpoint.store import step_name
+from megameta.checkpoint.tensor_file import TensorWriter
+from megameta.config import build_config
+from megameta.errors import UserError
+
+CONFIG = build_config({"data": {"train": "x"}})
+STATE = TrainerState(step=7, next_batch=9, tokens=100, targets=80, optimizer_step=6)
+
+
+class Source(_InMemory):
+    """As an engine's state: what is gathered goes into the memory that is given."""
+
+    def gather(self, entry, out=None):
+        return out.copy_(super().gather(entry))
+
+
+def tensors():
+    draw = torch.Generator().manual_seed(0)
+    return {f"blocks.{i}": torch.randn(40, i + 1, generator=draw) for i in range(9)}
+
+
+def begun(path, weights):
+    saver = BackgroundSaver(Alone())
+    saver.begin(path, CONFIG, Source(weights, {"exp_avg.a": weights["blocks.3"]}), STATE)
+    return saver
+
+
+def test_the_files_are_those_of_a_save_without_a_thread(tmp_path):
+    weights = tensors()
+    plain, path = tmp_path / "plain", tmp_path / "run" / step_name(7)
+    write_checkpoint(plain, CONFIG, weights, {"exp_avg.a": weights["blocks.3"]}, STATE)
+    saver = begun(path, weights)
+    for tensor in weights.values():
+        tensor.zero_()  # training goes on
+    assert saver.is_pending and not path.exists()
+    with pytest.raises(ValueError, match="has not been completed"):
+        saver.begin(path, CONFIG, Source(weights, {}), STATE)
+    assert saver.complete() == path and not saver.is_pending and not saver.is_writing
+    assert {f.name: f.read_bytes() for f in path.iterdir()} == {f.name: f.read_bytes() for f in plain.iterdir()}
+    memory = {key: tensor.data_ptr() for key, tensor in saver._memory.items()}
+    again = tmp_path / "run" / step_name(8)
+    saver.begin(again, CONFIG, Source(weights, {"exp_avg.a": weights["blocks.3"]}), STATE)
+    saver.complete()
+    assert {key: tensor.data_ptr() for key, tensor in saver._memory.items()} == memory, "no new memory"
+    assert open_checkpoint(again).weights()["blocks.3"].count_nonzero() == 0
+    with pytest.raises(ValueError, match="no save has been begun"):
+        saver.complete()
+
+
+@pytest.mark.parametrize("step", ["write", "close"])
+def test_a_full_disk_is_said_when_the_save_is_completed(tmp_path, monkeypatch, step):
+    def failing(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorWriter, step, failing)
+    saver = begun(tmp_path / step_name(7), tensors())
+    with pytest.raises(UserError, match=r"cannot save .*step_00000007: rank 0, .*safetensors: .*No space left.*free"):
+        saver.complete()
+    assert list(tmp_path.iterdir()) == [] and not saver.is_pending
+
+
+def test_a_save_that_is_dropped_leaves_nothing(tmp_path):
+    saver = begun(tmp_path / step_name(7), tensors())
+    saver.cancel()
+    assert list(tmp_path.iterdir()) == [] and not saver.is_pending
+    saver.cancel()

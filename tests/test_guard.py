@@ -1,0 +1,35 @@
+"""The judge of `make bench`: which rows have moved beyond noise."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import guard
+
+
+def row(name: str, median: float, half: float = 0.02) -> dict:
+    return {"name": name, "median": median, "low": median - half, "high": median + half, "pairs": 9}
+
+
+@pytest.mark.parametrize(
+    ("now", "larger_is_slower", "expected"),
+    [
+        (1.03, True, "same"),
+        (1.2, True, "slower"),
+        (0.9, True, "faster"),
+        (1.2, False, "faster"),
+        (0.9, False, "slower"),
+    ],
+)
+def test_a_row_moves_where_intervals_are_apart(now: float, larger_is_slower: bool, expected: str) -> None:
+    said = guard.judge([row("A/A: again", 1.0), row("branch", now)], {"branch": row("branch", 1.04)}, larger_is_slower)
+    assert [verdict for verdict, _ in said] == ["noise", expected]
+
+
+def test_noise_widens_what_counts_as_the_same() -> None:
+    stored = {"branch": row("branch", 1.04)}
+    assert guard.judge([row("A/A: again", 1.0, 0.3), row("branch", 1.2)], stored, True)[1][0] == "same"
+    assert guard.judge([row("branch", 1.2)], {}, True)[0][0] == "new"
