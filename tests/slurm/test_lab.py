@@ -119,11 +119,8 @@ def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     run = place / "limited"
     job = submit(lab, place, "limited")
     wait_for_step(lab, run, 50)
-    # SLURM's own warning: with less than 300 s to the limit it comes at once (the controller looks every 30 s).
-    hours, minutes, _ = lab.job(job)["RunTime"].split(":")
-    lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 4}")
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=180, why=lambda: read_logs(run / "logs"))
-    lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    lab.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends before the limit
+    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=60, why=lambda: read_logs(run / "logs"))
     said = read_logs(run / "logs")
     assert said.count("SIGUSR1: the ranks are told") == 1 and "stopped by a signal" in said
     saved = latest_step(run)
@@ -134,6 +131,22 @@ def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     assert (second["code"], second["action"], second["restart"]) == (0, "finish", "1")
     assert steps_of(run) == list(range(1, STEPS + 1))
     assert records(run) == records(whole) and hashes(run) == hashes(whole)
+
+
+def test_slurms_own_warning_before_a_time_limit(lab, place):
+    """On a run without an end: the warning comes up to half a minute after the limit is lowered."""
+    run = place / "warned"
+    wait_for_idle_nodes(lab)
+    job = submit(lab, place, "warned", "train.num_steps=100000")
+    wait_for_step(lab, run, 30)
+    hours, minutes, _ = lab.job(job)["RunTime"].split(":")
+    lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 4}")
+    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=180, why=lambda: read_logs(run / "logs"))
+    lab.wait(lambda: ledger(run), timeout=60)
+    assert (ledger(run)[0]["code"], ledger(run)[0]["action"]) == (75, "requeue")
+    assert read_logs(run / "logs").count("SIGUSR1: the ranks are told") == 1
+    lab.run("scancel", job)
+    wait_for_idle_nodes(lab)
 
 
 def test_a_preempted_job_saves_and_comes_back(lab, place):
