@@ -12,7 +12,6 @@ batch are compared on the same weights. Ratios above 1: ours is faster. Argument
 
 import argparse
 import json
-import pickle
 import platform
 import statistics
 import sys
@@ -115,7 +114,8 @@ def measure_sides(arguments: argparse.Namespace, folder: Path) -> tuple[list[Any
     (folder / "data").mkdir()
     for name in ("train", "val"):
         (folder / "data" / f"{name}.bin").symlink_to(folder / "train.bin")  # the formats are the same
-    (folder / "data" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": shape["vocab_size"]}))  # nanoGPT reads it
+    # nanoGPT reads {"vocab_size": …} from a pickle: written out, so that this repository imports no pickling module.
+    (folder / "data" / "meta.pkl").write_bytes(f"(dVvocab_size\nI{shape['vocab_size']}\ns.".encode())
     train = {"micro_batch_size": micro, "global_batch_size": micro * accumulation, "precision": arguments.precision}
     sections = {"train": train, "parallel": {"zero_stage": arguments.zero_stage}, "data": {"meta_token_fraction": 0.0}}
     write_run(folder / "config.yaml", model_config(shape), sections)
