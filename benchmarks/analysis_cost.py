@@ -8,13 +8,12 @@ Its share of the time of training is the ratio over analysis.interval. CONFIG na
 
 import argparse
 import itertools
-import os
 import time
 
 from paired import HEADER, measure, ratio
 
 from megameta.analysis.training import AttentionProbe
-from megameta.parallel.launch import free_port, initialize_process_group, make_topology, pick_device
+from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.train.data import PretrainingData
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import load_run_config
@@ -27,8 +26,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--pairs", type=int, default=60)
     arguments = parser.parse_args()
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    os.environ.update(place | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     config = load_run_config(arguments.config, arguments.overrides)
     topology = make_topology(pick_device(config.run.device))
     initialize_process_group(topology)

@@ -1,7 +1,7 @@
 """Decoding with the meta branch over the same model without it: time to the first token, and each token after it.
 
     python benchmarks/decode_speed.py                                   # CPU: D 256, L 4
-    python benchmarks/decode_speed.py --preset 152m --clock cpu         # the process's own time: others work here too
+    BENCHMARK_CLOCK=cpu python benchmarks/decode_speed.py --preset 152m # the process's own time: others work here too
 
 One sequence, whose prompt holds k · T meta-tokens; both models read the same slots ("twin for speed"). Policy none
 writes no meta-tokens: pairs of single steps, one of each model, beside an A/A row. Then the policies that write them,
@@ -13,12 +13,10 @@ import argparse
 import json
 import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from paired import HEADER, Ratio, measure, ratio
+from paired import CLOCK, HEADER, Ratio, measure, ratio, seconds
 from step_time import PRESETS
 
 from megameta.hf.insertion import MetaPolicy
@@ -26,14 +24,12 @@ from megameta.model import GPT, DecodingCache, ModelConfig, initialize_weights
 from megameta.reproduce.arms import ARMS
 from megameta.reproduce.speed import next_token, prompt_ids
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-
 
 class Decoder:
     """A model that has read a prompt and writes slot by slot; back to the prompt after ``new_slots``."""
 
-    def __init__(self, model: GPT, prompt: list[int], new_slots: int, clock: Callable[[], float]) -> None:
-        self.model, self.prompt, self.new_slots, self.clock = model, prompt, new_slots, clock
+    def __init__(self, model: GPT, prompt: list[int], new_slots: int) -> None:
+        self.model, self.prompt, self.new_slots = model, prompt, new_slots
         self.policy = MetaPolicy("none", model.config.meta_token_id)
         text = torch.randint(model.config.meta_token_id, (new_slots,), generator=torch.Generator().manual_seed(1))
         self.text = text.tolist()
@@ -42,9 +38,9 @@ class Decoder:
 
     def _seconds(self, ids: list[int], cache: DecodingCache) -> float:
         tokens = torch.tensor([ids], device=self.model.embedding.tokens.weight.device)
-        start = self.clock()
+        start = seconds()
         int(next_token(self.model, tokens, cache))  # int waits for the device
-        return self.clock() - start
+        return seconds() - start
 
     def first(self) -> float:
         """Seconds to read the prompt and choose the first token."""
@@ -63,11 +59,11 @@ class Decoder:
     def rates(self, policy: MetaPolicy) -> tuple[float, float]:
         """Slots and text tokens a second of one whole continuation under a policy."""
         self.cache.crop(len(self.prompt))
-        self.policy, self.last, seconds, text = policy, self.prompt[-1], 0.0, 0
+        self.policy, self.last, taken, text = policy, self.prompt[-1], 0.0, 0
         for _ in range(self.new_slots):
-            seconds += self.step()
+            taken += self.step()
             text += self.last != policy.meta_token_id
-        return self.new_slots / seconds, text / seconds
+        return self.new_slots / taken, text / taken
 
 
 def make_model(shape: dict[str, int], device: str, *, branch: bool) -> GPT:
@@ -86,8 +82,7 @@ def policies(meta: int, text: list[int]) -> list[MetaPolicy]:
 
 def compare(plain: GPT, branch: GPT, prompt: list[int], arguments: argparse.Namespace) -> list[Ratio]:
     """Time to the first token and of a step, each with its A/A row."""
-    clock, new_slots = CLOCKS[arguments.clock], arguments.new_slots
-    base, again, own = (Decoder(model, prompt, new_slots, clock) for model in (plain, plain, branch))
+    base, again, own = (Decoder(model, prompt, arguments.new_slots) for model in (plain, plain, branch))
     rows = []
     for what, name, pairs in (("first token", "first", arguments.first_pairs), ("a step", "step", arguments.pairs)):
         others = {f"{what}, A/A": getattr(again, name), f"{what}, branch, none": getattr(own, name)}
@@ -107,7 +102,6 @@ def main() -> None:
     parser.add_argument("--first-pairs", type=int, default=100, help="pairs of whole prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a CPU that others use, with 1 thread")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -117,12 +111,12 @@ def main() -> None:
     metas = prompt.count(branch.config.meta_token_id)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {arguments.device}, {arguments.threads} threads")
-    print(f"{arguments.preset}: {shape}, prompt of {len(prompt)} slots, {metas} meta-tokens; clock: {arguments.clock}")
+    print(f"{arguments.preset}: {shape}, prompt of {len(prompt)} slots, {metas} meta-tokens; clock: {CLOCK}")
     rows = compare(plain, branch, prompt, arguments)
     print(HEADER)
     for row in rows:
         print(row.row())
-    decoder = Decoder(branch, prompt, arguments.new_slots, CLOCKS[arguments.clock])
+    decoder = Decoder(branch, prompt, arguments.new_slots)
     rates = {policy.name: decoder.rates(policy) for policy in policies(branch.config.meta_token_id, decoder.text)}
     for name, (slots, text) in rates.items():
         print(f"policy {name:<10} {slots:8.1f} slots/s {text:8.1f} text tokens/s")

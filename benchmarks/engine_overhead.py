@@ -1,26 +1,25 @@
 """A step of the engine (DeepSpeed) over one of a plain torch loop: the same model, batch, clipping and fused AdamW.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine_overhead.py --pairs 20 --clock cpu
+    BENCHMARK_CLOCK=cpu OMP_NUM_THREADS=1 python benchmarks/engine_overhead.py --pairs 20
     OMP_NUM_THREADS=1 python benchmarks/engine_overhead.py --rows plain compile fused
 
-One process. --clock cpu counts this process's own seconds on the CPU: with one thread that is the time of a step on an
-idle machine, whatever else runs. The baseline of each "engine" row is the plain loop with the same switches.
+One process (``paired.py`` says what BENCHMARK_CLOCK counts). The baseline of each "engine" row is the plain loop with
+the same switches.
 """
 
 import argparse
 import os
 import platform
-import time
 from collections.abc import Callable
 
 import torch
-from paired import HEADER, measure, ratio
+from paired import CLOCK, HEADER, measure, ratio, seconds
 from step_time import make_batch
 
 from megameta.config import RunConfig, build_config
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
-from megameta.parallel.launch import free_port, initialize_process_group, make_topology
+from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.train.compile import compile_blocks
 from megameta.train.engine import Engine
 from megameta.train.losses import LossModule
@@ -64,14 +63,13 @@ def random_batch(config: RunConfig) -> Batch:
 
 def timed(step: Callable[[], object], arguments: argparse.Namespace) -> Callable[[], float]:
     """The seconds of a step."""
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
 
     def run() -> float:
-        start = clock()
+        start = seconds()
         step()
         if arguments.device == "cuda":
             torch.cuda.synchronize()
-        return clock() - start
+        return seconds() - start
 
     return run
 
@@ -111,19 +109,14 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", type=int, choices=(0, 1, 2), default=[1])
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--pairs", type=int, default=20)
     arguments = parser.parse_args()
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     initialize_process_group(make_topology(arguments.device))
     first = make_config(arguments, {}, 0)
     batch = random_batch(first)
     shape = f"D {arguments.width}, L {arguments.layers}, V {arguments.vocabulary}, T {arguments.length}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} thread(s)")
-    print(
-        f"{shape}, B {arguments.batch}, {arguments.precision}, {arguments.clock} clock; load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{shape}, B {arguments.batch}, {arguments.precision}, {CLOCK} clock; load {os.getloadavg()[0]:.1f}")
     print(HEADER, flush=True)
     baseline = plain_step(first, batch, arguments)
     for row in arguments.rows:

@@ -63,7 +63,7 @@ def measure_sides(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     finally:
         for side in sides:
             side.close()
-    rows = [vars(ratio(name, *values)) for name, values in series.items()] if others else []
+    rows = [ratio(name, *values) for name, values in series.items()] if others else []
     seconds = {name: statistics.median(own) / arguments.steps for name, (own, _) in series.items()}
     if others:
         seconds[base.name] = statistics.median(series[others[0].name][1]) / arguments.steps
@@ -94,7 +94,7 @@ def main() -> None:
     if found["rows"]:
         print(HEADER.replace("step", "turn"))
     for row in found["rows"]:
-        print(f"{row['name']:<34} {row['median']:6.3f}  [{row['low']:.3f}, {row['high']:.3f}]  {row['pairs']} pairs")
+        print(row.row())
     for name, seconds in found["seconds"].items():
         rate, memory = found["slots_a_step"] / seconds, found["peak_bytes"][name] / 2**20
         said = "mfu not stated (processor seconds)"
@@ -104,7 +104,13 @@ def main() -> None:
         print(f"{name:<34} {rate:12,.0f} tokens/s, {said}, peak {memory:,.0f} MiB")
         found.setdefault("tokens_per_second", {})[name] = rate
     if arguments.json:
-        record = {"command": sys.argv, "torch": torch.__version__, "peak_flops": peak, **found}
+        record = {
+            "command": sys.argv,
+            "torch": torch.__version__,
+            "peak_flops": peak,
+            **found,
+            "rows": [vars(row) for row in found["rows"]],
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

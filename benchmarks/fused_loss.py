@@ -1,18 +1,17 @@
 """The fused loss over logits and cross-entropy, forward and backward, beside torch's own chunked form.
 
-    OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --clock cpu
+    BENCHMARK_CLOCK=cpu OMP_NUM_THREADS=1 python benchmarks/fused_loss.py
 
-Random hidden states; one row in ten has no target. --clock cpu counts this process's own seconds on the CPU.
+Random hidden states; one row in ten has no target.
 """
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from paired import HEADER, measure, ratio
+from paired import CLOCK, HEADER, measure, ratio, seconds
 from torch import Tensor
 
 from megameta.data.dataset import IGNORE_INDEX
@@ -33,7 +32,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", 256), ("vocabulary", 8192), ("rows", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--pairs", type=int, default=20)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -41,14 +39,13 @@ def main() -> None:
     weight_VD = (0.02 * torch.randn(arguments.vocabulary, arguments.width)).requires_grad_()
     label_BT = torch.randint(0, arguments.vocabulary, (1, arguments.rows))
     label_BT[:, ::10] = IGNORE_INDEX
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
 
     def timed(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], float]:
         def run() -> float:
             x_BTD.grad = weight_VD.grad = None
-            start = clock()
+            start = seconds()
             loss(x_BTD, weight_VD, label_BT).backward()
-            return clock() - start
+            return seconds() - start
 
         return run
 
@@ -62,7 +59,7 @@ def main() -> None:
     }
     chunk = chunk_rows(arguments.rows, arguments.width, arguments.vocabulary)
     shape = f"R {arguments.rows}, D {arguments.width}, V {arguments.vocabulary}, chunks of {chunk} rows"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); {shape}, {arguments.clock} clock")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); {shape}, {CLOCK} clock")
     print(f"load {os.getloadavg()[0]:.1f}")
     print(HEADER)
     for name, values in measure(timed(logits), candidates, arguments.pairs).items():

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from memory import kept_for_backward, peak_of
 from paired import HEADER, measure, ratio, seconds
+from step_time import make_batch
 
-from megameta.data.counter_random import choose, make_key
 from megameta.model import GPT, Attention, ModelConfig, cross_entropy_sum, initialize_weights
 
 SHAPES = {
@@ -32,17 +32,17 @@ SHAPES = {
 FRACTION = 0.1
 
 
-def make_batch(config: ModelConfig, batch: int, length: int, device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+def documents_batch(
+    config: ModelConfig, batch: int, length: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Random tokens with M meta-tokens a sequence, and documents of 100 to 1500 slots: (B, T) both; M."""
     draws = np.random.default_rng(0)
-    token_BT = torch.from_numpy(draws.integers(0, config.meta_token_id, (batch, length)))
     document_BT = torch.empty(batch, length, dtype=torch.int64)
-    count = int(FRACTION * length)
     for row in range(batch):
-        token_BT[row, torch.from_numpy(choose(make_key("long", row), length, count))] = config.meta_token_id
         sizes = draws.integers(100, 1500, length // 100 + 1)
         document_BT[row] = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)[:length])
-    return token_BT.to(device), document_BT.to(device), count
+    token_BT = make_batch(config, batch, length, FRACTION, device)
+    return token_BT, document_BT.to(device), int(FRACTION * length)
 
 
 def make_step(config: ModelConfig, slots: int, length: int, device: str) -> tuple[Callable[[], float], int, str]:
@@ -51,7 +51,7 @@ def make_step(config: ModelConfig, slots: int, length: int, device: str) -> tupl
     initialize_weights(model, config, seed=0)
     model = model.to(device)
     micro = max(1, min(slots, 16384) // length)
-    token_BT, document_BT, columns = make_batch(config, micro, length, device)
+    token_BT, document_BT, columns = documents_batch(config, micro, length, device)
     is_cuda = device == "cuda"
 
     def forward() -> torch.Tensor:

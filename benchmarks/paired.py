@@ -66,5 +66,6 @@ def ratio(name: str, own: Sequence[float], base: Sequence[float], resamples: int
     return Ratio(name, statistics.median(ratios), low, high, statistics.median(own), len(ratios))
 
 
+CLOCK = "wall" if ON_THE_WALL else "cpu"
 _UNIT = "step" if ON_THE_WALL else "CPU step"
 HEADER = f"{'ratio to the baseline':<34} {'median':>6}  {'95 % interval':<16}  {_UNIT:>9}"

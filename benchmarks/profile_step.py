@@ -8,7 +8,6 @@ a few microseconds each. A micro-batch of random text; the engine is DeepSpeed's
 """
 
 import argparse
-import os
 import re
 import time
 from collections import defaultdict
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from engine_overhead import make_config, random_batch
 
-from megameta.parallel.launch import free_port, initialize_process_group, make_topology
+from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.train.engine import Engine
 
 #: Module path in the model → part. A module that is not named counts to the one around it.
@@ -115,8 +114,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
     arguments.device = "cpu"
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     initialize_process_group(make_topology("cpu"))
     config = make_config(arguments, {"fused_loss": arguments.fused_loss}, 1)
     engine, batch, watch = Engine(config, make_topology("cpu")), random_batch(config), StopWatch()

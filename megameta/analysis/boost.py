@@ -12,9 +12,9 @@ from megameta.analysis.entropy import (
     by_head,
     by_layer,
     head_rows,
+    layer_rows,
     overall,
 )
-from megameta.analysis.estimates import Estimate
 from megameta.analysis.findings import Finding
 from megameta.analysis.observe import zeroed_meta_embedding
 from megameta.analysis.plots import BLACK, GREY, META, OTHER, TEXT, finish, line
@@ -77,7 +77,6 @@ def _by_layer(subject: Subject, found: dict[str, Tensor], twin: dict[str, Tensor
 
     named = {f"change of {label}": per_layer[name] for name, label in CHANGES.items()}
     named["boost relative to text keys"] = by_layer(relative)
-    rows = [{"layer": layer, **_columns(named, layer)} for layer in layers]
     return Finding(
         name="boost",
         section=SECTION,
@@ -94,7 +93,7 @@ def _by_layer(subject: Subject, found: dict[str, Tensor], twin: dict[str, Tensor
             " takes meta-tokens away)."
         ),
         draw=draw,
-        tables={"layers": rows},
+        tables={"layers": layer_rows(named)},
         facts={
             "sequences": relative.shape[1],
             "boost at meta keys": str(boosts["boost"]),
@@ -107,10 +106,6 @@ def _by_layer(subject: Subject, found: dict[str, Tensor], twin: dict[str, Tensor
         },
         size=(9.0, 4.6),
     )
-
-
-def _columns(named: dict[str, list[Estimate]], layer: int) -> dict[str, Any]:
-    return {column: x for name, values in named.items() for column, x in values[layer].columns(name).items()}
 
 
 def _by_head(found: dict[str, Tensor]) -> Finding:

@@ -15,8 +15,6 @@ from megameta.analysis.subject import Subject
 #: What the paper reports for its 152 M model (spec §6): mean drop of entropy (nats), mean rise of the largest logit.
 PAPER_ENTROPY_DROP, PAPER_LARGEST_RISE = 1.40, 1.26
 SECTION = "Attention"
-#: Label → values by layer, colour, line style, marker.
-Curves = dict[str, tuple[list[Estimate], str, str, str]]
 
 
 def by_layer(value_CNH: Tensor) -> list[Estimate]:
@@ -32,6 +30,15 @@ def overall(value_CNH: Tensor) -> Estimate:
 def by_head(value_CNH: Tensor) -> Tensor:
     """Mean over sequences, (C, H)."""
     return value_CNH.nanmean(dim=1)
+
+
+def layer_rows(named: dict[str, list[Estimate]]) -> list[dict[str, Any]]:
+    """A row a layer of estimates by layer."""
+    rows: list[dict[str, Any]] = [{"layer": layer} for layer in range(len(next(iter(named.values()))))]
+    for name, values in named.items():
+        for row, value in zip(rows, values, strict=True):
+            row.update(value.columns(name))
+    return rows
 
 
 def head_rows(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -83,6 +90,9 @@ def _by_layer(
         finish(left, "layer", "entropy of a text query (nats)", ticks=layers)
         finish(right, "layer", "entropy / ln(number of visible keys)", ticks=layers)
 
+    named = {f"{name} (nats)": values for name, (values, *_) in curves.items()}
+    named |= {f"{name} (normalised)": values for name, (values, *_) in normalised.items()}
+    named["drop (nats)"] = by_layer(alone["entropy"] - inside["entropy"])
     return Finding(
         name="entropy",
         section=SECTION,
@@ -98,7 +108,7 @@ def _by_layer(
             " another comparison (see the boost figure)."
         ),
         draw=draw,
-        tables={"layers": _layer_rows(curves, normalised, by_layer(alone["entropy"] - inside["entropy"]))},
+        tables={"layers": layer_rows(named)},
         facts={
             "sequences": inside["entropy"].shape[1],
             "entropy drop (nats)": str(drop),
@@ -112,17 +122,6 @@ def _by_layer(
         },
         size=(9.0, 4.6),
     )
-
-
-def _layer_rows(curves: Curves, normalised: Curves, drops: list[Estimate]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for layer, drop in enumerate(drops):
-        rows.append({"layer": layer})
-        for shown, unit in ((curves, "nats"), (normalised, "normalised")):
-            for name, (values, *_) in shown.items():
-                rows[-1] |= values[layer].columns(f"{name} ({unit})")
-        rows[-1] |= drop.columns("drop (nats)")
-    return rows
 
 
 def _by_head(subject: Subject, inside: dict[str, Tensor], alone: dict[str, Tensor]) -> Finding:

@@ -108,6 +108,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Inverse of ``step_name``."""
+    return int(path.name.rpartition("_")[2])
+
+
 # --- the newest one -------------------------------------------------------------------------------------------------
 
 

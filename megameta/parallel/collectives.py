@@ -121,30 +121,47 @@ def split_sequence(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
     return _SplitSequence.apply(x_BTD, tp)
 
 
+def cross_entropy_and_gradient(
+    logits_RN: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' cross-entropies, and its gradient (R, N), which takes the place of the logits.
+
+    Args:
+        logits_RN: at least float32; they are overwritten. With ``tp`` this rank's columns, else all of them.
+        start: entry of the vocabulary in the first column.
+    """
+    width = logits_RN.shape[1]
+    # A rank may hold nothing but padding rows of the vocabulary.
+    top_R = logits_RN.amax(dim=1) if width else logits_RN.new_full(label_R.shape, -torch.inf)
+    if tp is not None:
+        top_R = _all_reduce(top_R, tp, dist.ReduceOp.MAX)
+    logits_RN.sub_(top_R[:, None])
+    own_R = (label_R >= start) & (label_R < start + width)
+    column_R1 = (label_R - start).masked_fill(~own_R, 0)[:, None]
+    target_R = logits_RN.gather(1, column_R1)[:, 0].masked_fill(~own_R, 0) if width else torch.zeros_like(top_R)
+    exp_RN = logits_RN.exp_()
+    sums = torch.stack((exp_RN.sum(dim=1), target_R))
+    total_R, target_R = sums if tp is None else _all_reduce(sums, tp)
+    valid_R = label_R != IGNORE_INDEX
+    # not a product with valid_R: a row without a target may hold anything, and 0 · inf is not 0
+    loss = (total_R.log() - target_R).masked_fill(~valid_R, 0).sum()
+    grad_RN = exp_RN.div_(total_R.masked_fill(~valid_R, torch.inf)[:, None])
+    if width:
+        grad_RN.scatter_add_(1, column_R1, -own_R[:, None].to(grad_RN.dtype))
+    return loss, grad_RN
+
+
 class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_RN: Tensor, label_R: Tensor, start: int, tp: TensorParallel) -> Tensor:
-        logits_RN = logits_RN if logits_RN.itemsize >= 4 else logits_RN.float()
-        rows, width = logits_RN.shape
-        # A rank may hold nothing but padding rows of the vocabulary.
-        top_R = logits_RN.amax(dim=1) if width else logits_RN.new_full((rows,), -torch.inf)
-        top_R = _all_reduce(top_R, tp, dist.ReduceOp.MAX)
-        shifted_RN = logits_RN - top_R[:, None]
-        own_R = (label_R >= start) & (label_R < start + width)
-        column_R = (label_R - start).masked_fill(~own_R, 0)
-        target_R = shifted_RN.gather(1, column_R[:, None])[:, 0] if width else torch.zeros_like(top_R)
-        exp_RN = shifted_RN.exp_()
-        total_R, target_R = _all_reduce(torch.stack((exp_RN.sum(dim=1), target_R.masked_fill(~own_R, 0))), tp)
-        valid_R = label_R != IGNORE_INDEX
-        ctx.save_for_backward(exp_RN.div_(total_R[:, None]), column_R, own_R, valid_R)
-        return ((total_R.log() - target_R) * valid_R).sum()
+        exact = torch.promote_types(logits_RN.dtype, torch.float32)
+        loss, grad_RN = cross_entropy_and_gradient(logits_RN.to(exact, copy=True), label_R, start, tp)
+        ctx.save_for_backward(grad_RN)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_RN, column_R, own_R, valid_R = ctx.saved_tensors  # the softmax becomes its gradient in place
-        if grad_RN.shape[1]:
-            grad_RN.scatter_add_(1, column_R[:, None], -own_R[:, None].to(grad_RN.dtype))
-        return grad_RN.mul_((valid_R * grad)[:, None]), None, None, None
+        return ctx.saved_tensors[0].mul_(grad), None, None, None
 
 
 def vocabulary_argmax(logits_BTN: Tensor, start: int, tp: TensorParallel) -> Tensor:

@@ -10,10 +10,9 @@ Letters: R rows, C rows of a chunk, D model width, N entries of the vocabulary h
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megameta.model.loss import IGNORE_INDEX
+from megameta.parallel.collectives import cross_entropy_and_gradient
 from megameta.parallel.groups import TensorParallel
 
 #: A chunk has at least as many rows: less would make thin matrix products, and the weight's gradient is read and
@@ -39,7 +38,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             w_ND = weight_ND.to(dtype)
             for x_CD, label_C, grad_CD in zip(x_RD.split(rows), label_R.split(rows), grad_x_RD.split(rows)):
                 x_CD = x_CD.to(dtype)
-                loss, grad_CN = _loss_and_gradient((x_CD @ w_ND.t()).to(exact), label_C, start, tp)
+                loss, grad_CN = cross_entropy_and_gradient((x_CD @ w_ND.t()).to(exact), label_C, start, tp)
                 total += loss
                 grad_CN = grad_CN.to(dtype)
                 grad_CD.copy_(grad_CN @ w_ND)
@@ -55,33 +54,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x_RD, grad_weight_ND = ctx.saved_tensors
         return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), None, None, None, None
-
-
-def _loss_and_gradient(
-    logits_CN: Tensor, label_C: Tensor, start: int, tp: TensorParallel | None
-) -> tuple[Tensor, Tensor]:
-    """The sum of a chunk's cross-entropies and its gradient, which takes the place of the logits."""
-    width = logits_CN.shape[1]
-    # A tensor-parallel rank may hold nothing but padding rows of the vocabulary.
-    top_C = logits_CN.amax(dim=1) if width else logits_CN.new_full(label_C.shape, -torch.inf)
-    if tp is not None:
-        dist.all_reduce(top_C, dist.ReduceOp.MAX, group=tp.group)
-    logits_CN.sub_(top_C[:, None])
-    own_C = (label_C >= start) & (label_C < start + width)
-    column_C1 = (label_C - start).masked_fill(~own_C, 0)[:, None]
-    target_C = logits_CN.gather(1, column_C1)[:, 0].masked_fill(~own_C, 0) if width else torch.zeros_like(top_C)
-    exp_CN = logits_CN.exp_()
-    sums = torch.stack((exp_CN.sum(dim=1), target_C))
-    if tp is not None:
-        dist.all_reduce(sums, group=tp.group)
-    total_C, target_C = sums
-    valid_C = label_C != IGNORE_INDEX
-    # not a product with valid_C: a row without a target may hold anything, and 0 · inf is not 0
-    loss = (total_C.log() - target_C).masked_fill(~valid_C, 0).sum()
-    grad_CN = exp_CN.mul_((valid_C / total_C)[:, None])
-    if width:
-        grad_CN.scatter_add_(1, column_C1, -own_C[:, None].to(grad_CN.dtype))
-    return loss, grad_CN
 
 
 def fused_cross_entropy_sum(

@@ -193,6 +193,14 @@ def fused_score_function(config: ModelConfig, tp: TensorParallel | None) -> Call
     return score_sequences
 
 
+def loss_functions(
+    config: ModelConfig, tp: TensorParallel | None, *, fused: bool
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(cross-entropy, score) of logits, or where the loss is fused of (x, weight)."""
+    makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
+    return makers[0](config, tp), makers[1](config, tp)
+
+
 class StageLoss:
     """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
 

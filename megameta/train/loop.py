@@ -23,7 +23,7 @@ from megameta.checkpoint import (
     save_distributed,
 )
 from megameta.checkpoint.background import BackgroundSaver
-from megameta.checkpoint.store import point_latest, step_name
+from megameta.checkpoint.store import point_latest, step_name, step_of
 from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
@@ -301,7 +301,7 @@ class Trainer:
 
     def _saved_step(self) -> int:
         found = latest_checkpoint(self.directory)
-        return int(found.name.rpartition("_")[2]) if found else 0
+        return step_of(found) if found else 0
 
     def _save(self) -> None:
         """Every rank writes its share, or copies it for its writing thread."""
@@ -348,7 +348,7 @@ class Trainer:
         attempt.check()
         point_latest(path)
         if (heartbeat := self.place.monitor.heartbeat) is not None:
-            heartbeat.saved_step = int(path.name.rpartition("_")[2])
+            heartbeat.saved_step = step_of(path)
         attempt.check()
         prune(self.checkpoints, self.config.checkpoint.keep)
 

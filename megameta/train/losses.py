@@ -11,7 +11,7 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 from megameta.model import GPT, make_context
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.pipeline import fused_loss_function, fused_score_function, loss_function, score_function
+from megameta.parallel.pipeline import loss_functions
 from megameta.parallel.tensor_parallel import shard_context
 
 
@@ -27,9 +27,7 @@ class LossModule(nn.Module):
         self.gpt = gpt
         self.tensor_parallel = tensor_parallel
         self.fused = fused
-        makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
-        self.cross_entropy: Callable[..., Tensor] = makers[0](gpt.config, tensor_parallel)
-        self.score: Callable[..., Tensor] = makers[1](gpt.config, tensor_parallel)
+        self.cross_entropy, self.score = loss_functions(gpt.config, tensor_parallel, fused=fused)
 
     def forward(self, batch: Batch, score: bool = False, num_groups: int = 0) -> Tensor:
         """Sum of the batch's cross-entropies in nats, a scalar; with ``score``: of ``score_function``, (3 + G,)."""

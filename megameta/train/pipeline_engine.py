@@ -9,16 +9,7 @@ from torch import Tensor
 
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
-from megameta.parallel.pipeline import (
-    Stage,
-    StageLoss,
-    fused_loss_function,
-    fused_score_function,
-    loss_function,
-    make_pipeline,
-    pack_rows,
-    score_function,
-)
+from megameta.parallel.pipeline import Stage, StageLoss, loss_functions, make_pipeline, pack_rows
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
 from megameta.train.losses import count_targets
@@ -33,9 +24,8 @@ class PipelineEngine(Engine):
     def _wrap(self, model: Any) -> Any:
         self.stage: Stage = model
         self.stage.fuses_loss = self.config.train.fused_loss
-        fused = self.stage.fuses_loss
-        makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
-        self.loss = StageLoss(*(make(self.config.model, self.groups.tensor) for make in makers))
+        functions = loss_functions(self.config.model, self.groups.tensor, fused=self.stage.fuses_loss)
+        self.loss = StageLoss(*functions)
         return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
 
     def _mpu(self) -> Any:

@@ -77,7 +77,7 @@ def train(
         elif not _has_been_said(place):
             _wait_for_a_name(place)
             # A rank that was killed has no message. Which, and of what, its launcher knows.
-            if _may_speak():
+            if _may_speak(error):
                 rank = os.environ.get("RANK", "0")
                 print(f"rank {rank} leaves: another rank has ended{_where(error)}", file=sys.stderr, flush=True)
         _end(place)
@@ -87,7 +87,7 @@ def train(
 def _refuse(error: UserError, place: RunPlace | None) -> NoReturn:
     """Say what is wrong, if this rank is the one to say it, and leave."""
     code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
-    if isinstance(error, MachineError) or _may_speak():
+    if _may_speak(error):
         if place is not None:
             place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
         dist.barrier()
         _leave(EXIT_OK)
     except UserError as error:
-        if isinstance(error, MachineError) or _may_speak():
+        if _may_speak(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _let_others_leave()
         _leave(EXIT_FAILURE)
@@ -191,7 +191,9 @@ def _let_others_leave(seconds: float = 3.0) -> None:
         return
 
 
-def _may_speak() -> bool:
+def _may_speak(error: Exception) -> bool:
+    if isinstance(error, MachineError):
+        return True
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     try:

@@ -1,19 +1,17 @@
 """Recording what meta-tokens do while training: the numbers of an analysis, and a training that does not notice."""
 
-import hashlib
 import json
 
 import pytest
 import torch
 from analysis_cases import subject_of
 from ranks import run_ranks
-from train_cases import tiny_config, tiny_values, training_set, write_corpus
+from train_cases import step_loader, tiny_config, tiny_values, weights_digest, write_corpus
 
 from megameta.analysis.attention_numbers import attention_numbers
 from megameta.analysis.boost import changes
 from megameta.analysis.training import AttentionProbe
 from megameta.config import build_config
-from megameta.data.loader import StepLoader
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
 from megameta.validate import problems
@@ -28,13 +26,7 @@ def _run(topology, corpus, stage, precision, every):
         corpus, parallel__zero_stage=stage, data__valid=corpus, analysis__interval=1, train__precision=precision
     )
     engine = make_engine(config, topology)
-    loader = StepLoader(
-        training_set(config),
-        micro_batch_size=2,
-        global_batch_size=8,
-        data_parallel_size=topology.data_parallel_size,
-        data_parallel_rank=topology.data_parallel_rank,
-    )
+    loader = step_loader(config, topology)
     probe = AttentionProbe(config, topology)
     results, measured = [], []
     for step in range(1, STEPS + 1):
@@ -43,12 +35,10 @@ def _run(topology, corpus, stage, precision, every):
         results.append((result.loss, result.grad_norm, float(torch.rand(()))))
         if every and step % every == 0:
             measured.append(probe.measure(engine))
-    digest = hashlib.sha256()
-    for name in engine.state.parameters:
-        digest.update(engine.state.local(name).float().contiguous().numpy().tobytes())
+    digest = weights_digest(engine)
     loader.close()
     engine.destroy()
-    return results, digest.hexdigest(), measured
+    return results, digest, measured
 
 
 def _both(topology, corpus, cases):

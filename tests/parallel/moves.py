@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from parity import STEPS, Case, make_config, relative
-from train_cases import training_set
+from train_cases import step_loader
 
 from megameta.checkpoint import TrainerState, open_checkpoint, save_distributed
-from megameta.data.loader import StepLoader
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
@@ -52,13 +51,7 @@ def go_on(topology: Topology, case: Case, corpus: str, source: str | None, folde
         copy = Path(folder) / "copy"
         save_distributed(copy, config, engine.state, checkpoint.trainer(), topology)
         same = topology.rank > 0 or same_tensors(copy, checkpoint.path)
-    loader = StepLoader(
-        training_set(config),
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        data_parallel_size=topology.data_parallel_size,
-        data_parallel_rank=topology.data_parallel_rank,
-    )
+    loader = step_loader(config, topology)
     losses = {}
     for number in range(step + 1, last + 1):
         lr = learning_rate(number, STEPS, config.optimizer)

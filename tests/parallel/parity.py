@@ -13,10 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from train_cases import full_state, oracle_run, training_set, write_corpus
+from train_cases import full_state, oracle_run, step_loader, take_steps, write_corpus
 
 from megameta.config import RunConfig, build_config
-from megameta.data.loader import StepLoader
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train import compile
@@ -24,7 +23,6 @@ from megameta.train.evaluation import Evaluator
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import differing_replicas
-from megameta.train.schedule import learning_rate
 from megameta.train.setup import build_model, logical_shapes
 from megameta.validate import validate
 
@@ -205,18 +203,9 @@ def run_case(
     with mutation(), mock.patch.object(compile, "BACKEND", "aot_eager"):
         engine = make_engine(config, topology)
         initial, _ = full_state(engine)
-        loader = StepLoader(
-            training_set(config),
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            data_parallel_size=topology.data_parallel_size,
-            data_parallel_rank=topology.data_parallel_rank,
-        )
+        loader = step_loader(config, topology)
         gradients = _catch_gradients(engine)
-        results = []
-        for step in range(1, steps + 1):
-            lr = learning_rate(step, STEPS, config.optimizer)
-            results.append(engine.train_step(loader.read(step - 1, step), lr))
+        results = take_steps(engine, loader, config, 1, steps)
         evaluated = Evaluator(config, topology).run(engine)
         report = {
             "seconds": time.perf_counter() - start,

@@ -7,10 +7,9 @@ import torch
 from parity import ALL_ON, FACTORS, Case, make_config, make_corpus
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_cases import training_set
+from train_cases import step_loader
 
 from megameta.config import build_config
-from megameta.data.loader import StepLoader
 from megameta.model import GPT, Block, ModelConfig
 from megameta.parallel.tensor_parallel import TABLE, kind_of, shard_dim, shard_of
 from megameta.train.pipeline_engine import make_engine
@@ -101,13 +100,7 @@ def _shapes(topology, corpus, cases):
         config = odd_config(case, corpus)
         here = dataclasses.replace(topology, tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline)
         engine = make_engine(config, here)
-        loader = StepLoader(
-            training_set(config),
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=8,
-            data_parallel_size=here.data_parallel_size,
-            data_parallel_rank=here.data_parallel_rank,
-        )
+        loader = step_loader(config, here)
         with Shapes() as shapes:
             engine.train_step(loader.read(0), 1e-3)
         found.append(shapes.seen)

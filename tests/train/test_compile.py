@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from test_engine import _digest, _make, _steps
-from train_cases import oracle_run, tiny_config, write_corpus
+from train_cases import oracle_run, step_loader, take_steps, tiny_config, weights_digest, write_corpus
 
 from megameta.errors import UserError
 from megameta.model import GPT
 from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
+from megameta.train.pipeline_engine import make_engine
 from megameta.validate import problems
 
 STEPS = 4
@@ -27,15 +27,15 @@ def _run(topology, corpus):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         config = tiny_config(corpus, train__compile=choice, data__valid={"held": [corpus]}, eval__num_samples=3)
-        engine, loader = _make(topology, config)
+        engine, loader = make_engine(config, topology), step_loader(config, topology)
         evaluated = Evaluator(config, topology).run(engine)["held"].loss
         before = dict(torch._dynamo.utils.counters["stats"])
-        results = _steps(engine, loader, config, 1, STEPS)
+        results = take_steps(engine, loader, config, 1, STEPS)
         reports.append(
             {
                 "losses": [r.loss for r in results],
                 "norms": [r.grad_norm for r in results],
-                "digest": _digest(engine),
+                "digest": weights_digest(engine),
                 "names": list(engine.model.state_dict()),
                 "evaluated": evaluated,
                 "compiled to evaluate": before,

@@ -1,6 +1,5 @@
 """The engine under every ZeRO stage, on one and two ranks, against a plain float64 loop (see train_cases)."""
 
-import hashlib
 import math
 
 import pytest
@@ -8,13 +7,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
-from train_cases import VOCABULARY, full_state, oracle_run, tiny_config, training_set, write_corpus
+from train_cases import (
+    VOCABULARY,
+    full_state,
+    oracle_run,
+    step_loader,
+    take_steps,
+    tiny_config,
+    training_set,
+    weights_digest,
+    write_corpus,
+)
 
-from megameta.data.loader import StepLoader
 from megameta.model.init import is_vocabulary_table
 from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
 from megameta.train.pipeline_engine import make_engine
-from megameta.train.schedule import learning_rate
 from megameta.train.setup import build_model
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
@@ -24,31 +31,7 @@ STAGES = (0, 1, 2, 3)  # 3 last: it patches torch's functions for the rest of th
 
 
 def _make(topology, config, weights=None):
-    engine = make_engine(config, topology, weights)
-    loader = StepLoader(
-        training_set(config),
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        data_parallel_size=topology.data_parallel_size,
-        data_parallel_rank=topology.data_parallel_rank,
-    )
-    return engine, loader
-
-
-def _steps(engine, loader, config, first, last):
-    results = []
-    for step in range(first, last + 1):
-        batches = loader.read(step - 1, step)
-        results.append(engine.train_step(batches, learning_rate(step, config.train.num_steps, config.optimizer)))
-    return results
-
-
-def _digest(engine):
-    """Of every parameter in full, as this rank sees it."""
-    digest = hashlib.sha256()
-    for name in engine.state.parameters:
-        digest.update(engine.state.local(name).float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return make_engine(config, topology, weights), step_loader(config, topology)
 
 
 def _catch_gradients(engine):
@@ -67,12 +50,12 @@ def _curve(topology, corpus, stage):
     config = tiny_config(corpus, parallel__zero_stage=stage)
     engine, loader = _make(topology, config)
     gradients = _catch_gradients(engine)
-    results = _steps(engine, loader, config, 1, 1)
+    results = take_steps(engine, loader, config, 1, 1)
     del engine._finite_mean
     gradients = dict(gradients)
-    results += _steps(engine, loader, config, 2, MOVE_AT)
+    results += take_steps(engine, loader, config, 2, MOVE_AT)
     state = list(full_state(engine))
-    results += _steps(engine, loader, config, MOVE_AT + 1, STEPS)
+    results += take_steps(engine, loader, config, MOVE_AT + 1, STEPS)
     weights, _ = full_state(engine)
     report = {
         "gradients": gradients,
@@ -80,7 +63,7 @@ def _curve(topology, corpus, stage):
         "norms": [r.grad_norm for r in results],
         "targets": [r.num_targets for r in results],
         "applied": all(r.applied for r in results),
-        "digest": _digest(engine),
+        "digest": weights_digest(engine),
         "weights": weights,
         "micro_targets": [batch.num_targets for batch in loader.read(0)],
         "optimizer_step": engine.state.optimizer_step,
@@ -99,7 +82,7 @@ def _moved(topology, corpus, stage, state):
     engine.state.load_moments(moments, MOVE_AT)
     again = full_state(engine)
     same = all(torch.equal(a[k], b[k]) for a, b in zip(state, again) for k in b)
-    results = _steps(engine, loader, config, MOVE_AT + 1, STEPS)
+    results = take_steps(engine, loader, config, MOVE_AT + 1, STEPS)
     report = {"losses": [r.loss for r in results], "same": same, "optimizer_step": engine.state.optimizer_step}
     loader.close()
     engine.destroy()
@@ -109,7 +92,7 @@ def _moved(topology, corpus, stage, state):
 def _bf16(topology, corpus, stage):
     config = tiny_config(corpus, parallel__zero_stage=stage, train__precision="bf16")
     engine, loader = _make(topology, config)
-    results = _steps(engine, loader, config, 1, BF16_STEPS)
+    results = take_steps(engine, loader, config, 1, BF16_STEPS)
     dtypes = {p.dtype for p in engine.state.parameters.values()}
     loader.close()
     engine.destroy()
@@ -120,8 +103,8 @@ def _poisoned(topology, corpus, stage):
     """A weight becomes NaN on the last rank alone (everywhere at stage 3, where ranks share the weights)."""
     config = tiny_config(corpus, parallel__zero_stage=stage)
     engine, loader = _make(topology, config)
-    _steps(engine, loader, config, 1, 1)
-    before = _digest(engine) if stage < 3 else ""
+    take_steps(engine, loader, config, 1, 1)
+    before = weights_digest(engine) if stage < 3 else ""
     if stage == 3:
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -129,13 +112,17 @@ def _poisoned(topology, corpus, stage):
             engine.engine.module.gpt.head.norm.weight.data.fill_(math.nan)
     elif topology.rank == topology.world_size - 1:
         engine.engine.module.gpt.head.norm.weight.data[0] = math.nan
-    before = _digest(engine)
+    before = weights_digest(engine)
     try:
-        _steps(engine, loader, config, 2, 2)
+        take_steps(engine, loader, config, 2, 2)
         message = None
     except NonFiniteLoss as error:
         message = str(error)
-    report = {"message": message, "untouched": _digest(engine) == before, "optimizer_step": engine.state.optimizer_step}
+    report = {
+        "message": message,
+        "untouched": weights_digest(engine) == before,
+        "optimizer_step": engine.state.optimizer_step,
+    }
     loader.close()
     engine.destroy()
     return report
@@ -148,7 +135,7 @@ def _bad_gradient(topology, corpus, stage):
     if topology.is_main:
         engine.engine.module.gpt.head.norm.weight.register_hook(lambda gradient: gradient * math.inf)
     try:
-        _steps(engine, loader, config, 1, 1)
+        take_steps(engine, loader, config, 1, 1)
         message = None
     except NonFiniteGradient as error:
         message = str(error)

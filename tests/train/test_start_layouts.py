@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from ranks import run_ranks
-from train_cases import META, training_set, write_corpus
+from train_cases import META, step_loader, training_set, write_corpus
 
-from megameta.data.loader import StepLoader
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import initial_weights, load_run_config
@@ -67,13 +66,7 @@ def _first_losses(topology, folder):
             sizes = {key: value for key, value in layout.items() if key.endswith("parallel_size")}
             here = Topology(topology.world_size, topology.rank, topology.rank, "cpu", **sizes)
             engine = make_engine(config, here, initial_weights(config, here))
-            loader = StepLoader(
-                training_set(config),
-                micro_batch_size=2,
-                global_batch_size=8,
-                data_parallel_size=here.data_parallel_size,
-                data_parallel_rank=here.data_parallel_rank,
-            )
+            loader = step_loader(config, here)
             found[name, kind] = [engine.train_step(loader.read(i, i + 1), 2e-3).loss for i in range(3)]
             loader.close()
             engine.destroy()

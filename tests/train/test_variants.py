@@ -2,11 +2,9 @@
 
 import pytest
 from ranks import run_ranks
-from train_cases import oracle_run, tiny_config, training_set, write_corpus
+from train_cases import oracle_run, step_loader, take_steps, tiny_config, write_corpus
 
-from megameta.data.loader import StepLoader
 from megameta.train.pipeline_engine import make_engine
-from megameta.train.schedule import learning_rate
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -41,10 +39,8 @@ def _train_all(topology, corpus):
     for name, changes in VARIANTS.items():
         config = tiny_config(corpus, **changes)
         engine = make_engine(config, topology)
-        sizes = {"micro_batch_size": config.train.micro_batch_size, "global_batch_size": config.train.global_batch_size}
-        loader = StepLoader(training_set(config), **sizes, data_parallel_size=1, data_parallel_rank=0)
-        rates = [learning_rate(step, config.train.num_steps, config.optimizer) for step in range(1, STEPS + 1)]
-        found[name] = [engine.train_step(loader.read(i, i + 1), rate).loss for i, rate in enumerate(rates)]
+        loader = step_loader(config, topology)
+        found[name] = [result.loss for result in take_steps(engine, loader, config, 1, STEPS)]
         loader.close()
         engine.destroy()
     return found

@@ -1,5 +1,6 @@
 """A tiny corpus, tiny configurations, and an oracle of training: a plain torch loop in one process, no DeepSpeed."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import torch.nn.functional as F
 from megameta.config import RunConfig, build_config
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.indexed import IndexedDatasetWriter
+from megameta.data.loader import StepLoader
 from megameta.data.samples import Corpus, SampleIndex
+from megameta.parallel.topology import Topology
+from megameta.train.engine import Engine, StepResult
+from megameta.train.schedule import learning_rate
 from megameta.train.setup import build_model
 
 VOCABULARY, META = 61, 60
@@ -81,6 +86,34 @@ def tiny_config(train: str, **changes) -> RunConfig:
 def training_set(config: RunConfig) -> Dataset:
     index = SampleIndex(Corpus(config.data.train), config.data.text_per_sample, config.run.seed)
     return Dataset(index, SampleFormat.of(config.data, config.model.meta_token_id, config.run.seed))
+
+
+def step_loader(config: RunConfig, topology: Topology) -> StepLoader:
+    """This rank's micro-batches of the training set."""
+    return StepLoader(
+        training_set(config),
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        data_parallel_size=topology.data_parallel_size,
+        data_parallel_rank=topology.data_parallel_rank,
+    )
+
+
+def take_steps(engine: Engine, loader: StepLoader, config: RunConfig, first: int, last: int) -> list[StepResult]:
+    """Optimiser steps first … last, counted from 1, at the rates of the configuration's schedule."""
+    results = []
+    for step in range(first, last + 1):
+        batches = loader.read(step - 1, step)
+        results.append(engine.train_step(batches, learning_rate(step, config.train.num_steps, config.optimizer)))
+    return results
+
+
+def weights_digest(engine: Engine) -> str:
+    """Of every parameter in full, as this rank sees it."""
+    digest = hashlib.sha256()
+    for name in engine.state.parameters:
+        digest.update(engine.state.local(name).float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def oracle_lr(step: int, config: RunConfig) -> float:
