@@ -9,8 +9,10 @@ Threads make no collective. Until ``complete`` the checkpoint is a hidden workin
 killed in between goes on from the one before; what is left is removed when the next checkpoint is published.
 """
 
+import logging
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from megameta.checkpoint.save import (
 )
 from megameta.checkpoint.store import TrainerState
 from megameta.config import RunConfig
+
+LOG = logging.getLogger("megameta")
 
 Copies = list[tuple[StateEntry, Tensor]]
 
@@ -77,6 +81,7 @@ class BackgroundSaver:
         self._topology, self._pin_memory = topology, pin_memory
         self._memory: dict[tuple[str, str], Tensor] = {}
         self._save: _Save | None = None
+        self._remover: threading.Thread | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -128,8 +133,20 @@ class BackgroundSaver:
             complete(save.work, save.path, save.config, save.trainer, result, ranks, save.attempt)
         return save.path
 
+    def remove(self, directories: Sequence[Path]) -> None:
+        """Remove retired checkpoints beside training, which would wait for the disk otherwise. Not collective."""
+        self._wait_for_removal()
+        if directories:
+            self._remover = threading.Thread(target=_remove, args=(directories,), name="checkpoint-remover")
+            self._remover.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._remover is not None:
+            self._remover.join()
+
     def cancel(self) -> None:
-        """The run ends for another reason: stop writing, and drop what was begun. Not collective."""
+        """The run ends, or ends for another reason: stop writing, and drop what was begun. Not collective."""
+        self._wait_for_removal()
         if self._save is None:
             return
         save, self._save = self._save, None
@@ -144,3 +161,12 @@ class BackgroundSaver:
         if key not in self._memory:
             self._memory[key] = torch.empty(entry.shape, dtype=torch.float32, pin_memory=self._pin_memory)
         return self._memory[key]
+
+
+def _remove(directories: Sequence[Path]) -> None:
+    """Said, not raised, where it fails: the run has its checkpoint, and the next publication tries again."""
+    for directory in directories:
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            LOG.warning("cannot remove the old checkpoint %s: %s", directory, error)

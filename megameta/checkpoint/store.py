@@ -156,22 +156,31 @@ def _what_to_point_to(directory: Path, name: str = "") -> str:
     return f"write the name of a checkpoint into it, the newest being {names[-1]}"
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond ``keep``, and unfinished ones. The one that ``latest`` names is the newest.
+def retire(directory: Path, keep: int) -> list[Path]:
+    """Take the oldest checkpoints beyond ``keep`` out of sight; they and unfinished ones, for the caller to remove.
 
-    Those of steps after ``latest`` go first: the run was taken back to an earlier one (a loss spike, a damaged file),
-    and what they were part of is abandoned. The one that ``latest`` names always stays.
+    Those of steps after ``latest``, the newest, go first: the run was taken back to an earlier one (a loss spike, a
+    damaged file), and what they were part of is abandoned. The one that ``latest`` names always stays.
 
     Raises:
-        UserError: ``latest`` names no checkpoint; nothing has been removed.
+        UserError: ``latest`` names no checkpoint; nothing has been touched.
     """
     latest = _read_latest(directory)
-    for path in [*directory.glob(".step_*.old"), *directory.glob(".step_*.writing")]:
-        shutil.rmtree(path)
+    doomed = [*directory.glob(".step_*.old"), *directory.glob(".step_*.writing")]
     for path in sorted(directory.glob("step_*"), key=lambda path: (path.name <= latest, path.name))[: -max(keep, 1)]:
         # renamed first, so that what is left of an interrupted removal does not look like a checkpoint
-        doomed = path.rename(path.with_name(f".{path.name}.old"))
-        shutil.rmtree(doomed)
+        hidden = path.with_name(f".{path.name}.old")
+        if hidden in doomed:
+            shutil.rmtree(hidden)
+            doomed.remove(hidden)
+        doomed.append(path.rename(hidden))
+    return doomed
+
+
+def prune(directory: Path, keep: int) -> None:
+    """``retire``, and remove."""
+    for path in retire(directory, keep):
+        shutil.rmtree(path)
 
 
 # --- opening --------------------------------------------------------------------------------------------------------

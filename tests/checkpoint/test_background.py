@@ -1,5 +1,8 @@
 """Saves that a thread writes, of one process: the same files, one at a time, what is left of one that is dropped."""
 
+import shutil
+import threading
+
 import pytest
 import torch
 
@@ -73,3 +76,27 @@ def test_a_save_that_is_dropped_leaves_nothing(tmp_path):
     saver.cancel()
     assert list(tmp_path.iterdir()) == [] and not saver.is_pending
     saver.cancel()
+
+
+def test_old_checkpoints_go_beside_training(tmp_path, monkeypatch, caplog):
+    """The caller does not wait; whoever ends the run does; a disk that refuses is said, and the rest still goes."""
+    saver, may_go = BackgroundSaver(Alone()), threading.Event()
+    removed = shutil.rmtree
+
+    def slow(path, **_):
+        assert may_go.wait(20)
+        if path.name == ".step_00000001.old":
+            raise OSError(30, "Read-only file system")
+        removed(path)
+
+    doomed = [tmp_path / f".step_0000000{step}.old" for step in (1, 2)]
+    for path in doomed:
+        path.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    saver.remove(doomed)
+    assert all(path.exists() for path in doomed), "the caller has waited"
+    may_go.set()
+    saver.cancel()
+    assert [path.exists() for path in doomed] == [True, False]
+    assert "cannot remove the old checkpoint" in caplog.text and ".step_00000001.old" in caplog.text
+    assert "Read-only" in caplog.text
