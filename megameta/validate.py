@@ -213,7 +213,7 @@ def _pipeline(config: RunConfig) -> list[str]:
             "parallel.zero_stage 0 with pipeline stages: DeepSpeed clips by a wrong norm there, which leaves out the"
             " parameters of all stages but the first; set parallel.zero_stage=1"
         )
-    if zero > 1:
+    if zero is not None and zero > 1:
         found.append(
             f"parallel.zero_stage {zero} with pipeline stages: DeepSpeed refuses it, as gradients would be reduced in"
             " every micro-batch; set parallel.zero_stage=1, or pipeline_parallel_size=1"

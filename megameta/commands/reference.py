@@ -27,4 +27,5 @@ def _shown(value: Any) -> str:
 
 
 def _choices(field: dict[str, Any]) -> str:
-    return f" ({', '.join(f'`{choice}`' for choice in field['enum'])})" if "enum" in field else ""
+    found = [choice for part in (field, *field.get("anyOf", ())) for choice in part.get("enum", ())]
+    return f" ({', '.join(f'`{choice}`' for choice in found)})" if found else ""

@@ -193,8 +193,9 @@ class ParallelSection(Section):
     """What the stages get equal shares of: parameters (memory) or time (model flops)."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed ZeRO partitions: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What DeepSpeed ZeRO partitions: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters. Left out: 1, and
+    0 where a single data-parallel rank has nobody to share with (not with pipeline stages, fp16 or offloading)."""
 
 
 class CheckpointSection(Section):

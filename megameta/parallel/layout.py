@@ -48,7 +48,7 @@ class Layout:
             parallel.tensor_parallel_size,
             parallel.pipeline_parallel_size,
             data,
-            parallel.zero_stage,
+            zero_stage(config, data),
             parallel.sequence_parallel,
             train.micro_batch_size,
             accumulation,
@@ -79,6 +79,19 @@ class Layout:
             f"train.micro_batch_size={self.micro_batch_size}",
             f"train.activation_checkpointing={str(self.checkpointing).lower()}",
         ]
+
+
+def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
+    """The stage of ZeRO that a run uses, where the configuration leaves it open.
+
+    A lone data-parallel rank would copy every gradient into a bucket and every weight out of a partition, and keep both
+    (docs/performance.md has the price). Pipeline stages and fp16 need stage 1 (``validate``), and who sets DeepSpeed's
+    own options of ZeRO means to use it.
+    """
+    if config.parallel.zero_stage is not None:
+        return config.parallel.zero_stage
+    shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
+    return int(shared or config.train.precision == "fp16" or "zero_optimization" in config.deepspeed)
 
 
 @dataclass(frozen=True)

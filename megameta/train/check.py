@@ -10,7 +10,7 @@ from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
 from megameta.parallel.estimate import StageEstimate, estimate
-from megameta.parallel.layout import Layout
+from megameta.parallel.layout import Layout, zero_stage
 from megameta.parallel.traffic import GROUPS, by_group
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.metrics import step_flops
@@ -27,7 +27,7 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
     world_size, device = (gpus, "cuda") if gpus else (1, "cpu")
     found = problems(config, world_size=world_size, device=device)
     try:
-        deepspeed_config(config, 1)
+        deepspeed_config(config, 1, zero_stage(config, 1))
     except UserError as error:
         found.append(str(error))
     print("\n".join(describe(config, world_size)))
@@ -58,7 +58,7 @@ def describe(config: RunConfig, world_size: int) -> list[str]:
         f" {train.global_batch_size / (train.micro_batch_size * ranks):g} accumulation × {ranks} ranks;"
         f" {slots:,} slots, {text:,} of text, {step_flops(config) / 1e12:,.1f} TFLOP",
         f"run        {train.num_steps:,} steps, {train.num_steps * slots / 1e9:,.2f} B slots,"
-        f" {train.num_steps * text / 1e9:,.2f} B of text; {train.precision}, ZeRO {config.parallel.zero_stage}",
+        f" {train.num_steps * text / 1e9:,.2f} B of text; {train.precision}, ZeRO {zero_stage(config, ranks)}",
     ]
 
 

@@ -16,7 +16,7 @@ ELSEWHERE = {
 }
 
 
-def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, accumulation_steps: int, zero_stage: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
 
     bf16 runs as autocast over float32 parameters, which is right at every ZeRO stage; gradients are reduced in float32,
@@ -32,14 +32,14 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int) -> dict[str, An
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.optimizer.clip_grad_norm,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {"stage": zero_stage},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
     }
     if config.parallel.pipeline_parallel_size > 1:
         # Stages send whole tensors: under sequence parallelism they are shards already, each rank's another.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         derived["steps_per_print"] = None  # it would print losses of its own
-    if config.train.precision == "fp16" and config.parallel.zero_stage > 0:
+    if config.train.precision == "fp16" and zero_stage > 0:
         derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     elif config.train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.train.precision]

@@ -17,6 +17,7 @@ from megameta.config import RunConfig
 from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
+from megameta.parallel.layout import zero_stage
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train.compile import as_written, compile_blocks
@@ -83,14 +84,15 @@ class Engine:
         deepspeed = import_deepspeed(topology.device_type)
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)
         model = build_part(config, topology, self.groups.tensor, weights)
-        halves = config.train.precision == "fp16" and config.parallel.zero_stage > 0
+        self.zero_stage = zero_stage(config, ranks)
+        halves = config.train.precision == "fp16" and self.zero_stage > 0
         if config.train.compile == "blocks":
-            compile_blocks(model, topology.device_type, partitioned=config.parallel.zero_stage == 3)
+            compile_blocks(model, topology.device_type, partitioned=self.zero_stage == 3)
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if halves else {}
         module = self._wrap(model)
         self.optimizer = make_optimizer(module, config.optimizer)
-        settings, mpu = deepspeed_config(config, self.accumulation_steps), self._mpu()
-        if config.parallel.zero_stage == 3:
+        settings, mpu = deepspeed_config(config, self.accumulation_steps, self.zero_stage), self._mpu()
+        if self.zero_stage == 3:
             # Partitions one parameter after another, so that no device ever holds the whole model. It does not ask the
             # mpu for the group, and would mix the shards of different tensor-parallel ranks.
             deepspeed.zero.Init(
@@ -111,7 +113,7 @@ class Engine:
     def _wrap(self, model: Any) -> Any:
         """The module for DeepSpeed around the model."""
         module = LossModule(model, self.groups.tensor, fused=self.config.train.fused_loss)
-        return module if self.config.parallel.zero_stage == 3 else module.to(self.topology.device)
+        return module if self.zero_stage == 3 else module.to(self.topology.device)
 
     def _mpu(self) -> Any:
         # Given without tensor parallelism too: DeepSpeed keeps the last one that it saw for the rest of the process.

@@ -30,6 +30,7 @@ from megameta.data.loader import next_batch_number
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.model import Attention
+from megameta.parallel.layout import zero_stage
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import LOG, StepDisplay, duration
@@ -373,4 +374,4 @@ def describe_layout(config: RunConfig, topology: Topology) -> str:
     if topology.pipeline_parallel_size > 1:
         parts.append(f"{topology.pipeline_parallel_size} pipeline")
     parts.append(f"{topology.data_parallel_size} data")
-    return f"{' × '.join(parts)}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"
+    return f"{' × '.join(parts)}, ZeRO {zero_stage(config, topology.data_parallel_size)}, {config.train.precision}"

@@ -12,7 +12,7 @@ from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
 from megameta.parallel.activations import activations
 from megameta.parallel.estimate import StageEstimate, estimate, worst
-from megameta.parallel.layout import Layout, stage_blocks, stage_weights
+from megameta.parallel.layout import Layout, stage_blocks, stage_weights, zero_stage
 from megameta.parallel.pipeline import Stage
 from megameta.parallel.tensor_parallel import PARTIAL_BY_HEADS, PARTIAL_BY_ROWS, kind_of, shard_dim
 from megameta.parallel.traffic import Transfer
@@ -142,6 +142,26 @@ def test_layout_of_a_configuration() -> None:
         Layout.of(config, 5)
     with pytest.raises(UserError, match="not a multiple"):
         Layout.of(config, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "stage"),
+    [
+        ({}, 1, 0),
+        ({}, 2, 1),
+        ({"parallel__tensor_parallel_size": 2}, 1, 0),
+        ({"parallel__pipeline_parallel_size": 2}, 1, 1),
+        ({"train__precision": "fp16"}, 1, 1),
+        ({"deepspeed__zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 1, 1),
+        *(({"parallel__zero_stage": stage}, ranks, stage) for stage in range(4) for ranks in (1, 2)),
+    ],
+)
+def test_stage_of_zero_that_is_left_out(options: dict, ranks: int, stage: int) -> None:
+    """A lone data-parallel rank has nobody to share with; what is asked for is done."""
+    config = step_config(train__global_batch_size=4 * ranks, **{"parallel__zero_stage": None} | options)
+    assert zero_stage(config, ranks) == stage
+    world = ranks * config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    assert Layout.of(config, world).zero_stage == stage
 
 
 # --- against steps on gloo --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from megameta.train.deepspeed_config import deepspeed_config
 
 def test_derived():
     config = tiny_config("x", parallel__zero_stage=2, train__precision="bf16")
-    assert deepspeed_config(config, 4) == {
+    assert deepspeed_config(config, 4, 2) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
@@ -18,16 +18,16 @@ def test_derived():
         "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
-    assert "torch_autocast" not in deepspeed_config(tiny_config("x"), 4)
-    staged = deepspeed_config(tiny_config("x", parallel__pipeline_parallel_size=2), 4)
+    assert "torch_autocast" not in deepspeed_config(tiny_config("x"), 4, 0)
+    staged = deepspeed_config(tiny_config("x", parallel__pipeline_parallel_size=2), 4, 1)
     assert staged["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
     half = tiny_config("x", train__precision="fp16", parallel__zero_stage=0)
-    assert deepspeed_config(half, 1)["torch_autocast"]["dtype"] == "float16"
+    assert deepspeed_config(half, 1, 0)["torch_autocast"]["dtype"] == "float16"
 
 
 def test_pass_through_adds_and_may_repeat():
     config = tiny_config("x", deepspeed__zero_optimization={"stage": 1, "overlap_comm": False}, deepspeed__dump_state=1)
-    merged = deepspeed_config(config, 4)
+    merged = deepspeed_config(config, 4, 1)
     assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
     assert merged["dump_state"] == 1
 
@@ -47,4 +47,4 @@ def test_pass_through_adds_and_may_repeat():
 )
 def test_contradictions_are_errors(key, value, message):
     with pytest.raises(UserError, match=message):
-        deepspeed_config(tiny_config("x", **{f"deepspeed__{key}": value}), 4)
+        deepspeed_config(tiny_config("x", **{f"deepspeed__{key}": value}), 4, 1)
