@@ -16,11 +16,11 @@ ARGS ?=
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
-	@echo "make test        run the tests (15 minutes)"
+	@echo "make test        run the tests (45 minutes)"
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
 	@echo "make check       ruff, its formatter, mypy"
-	@echo "make bench       small ratios against stored ones: branch, peers, data (10 minutes); exit code 1: one is slower"
+	@echo "make bench       small ratios against stored ones: branch, peers, decoding, data (10 minutes); exit code 1: one is slower"
 	@echo "make clean       remove .venv, caches and quickstart/"
 	@echo "Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter, ARGS=... adds options to the command."
 

@@ -33,6 +33,7 @@ EXPECTED = HERE / "expected.json"
 PARTS: dict[str, tuple[list[str], bool]] = {
     "branch": (["step_time.py", "--pairs", "20", "--batch", "1"], True),
     "peers": (["peers.py", "--pairs", "8", "--steps", "2"], False),
+    "decode": (["decode_speed.py", "--pairs", "150", "--first-pairs", "40"], True),
 }
 AA = "A/A"
 
@@ -83,7 +84,7 @@ def verdict(row: dict[str, Any], stored: dict[str, Any] | None, slack: float, la
 
 def judge(rows: list[dict[str, Any]], stored: dict[str, Any], larger_is_slower: bool) -> list[tuple[str, str]]:
     """(verdict, line) of the rows of a part."""
-    noise = [row for row in rows if row["name"].startswith(AA)]
+    noise = [row for row in rows if AA in row["name"]]
     slack = max((abs(row[end] - 1) for row in noise for end in ("low", "high")), default=0.0)
     found = []
     for row in rows:
@@ -99,7 +100,7 @@ def main() -> int:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--parts", default="branch,peers,data", help="some of branch, peers, data")
+    parser.add_argument("--parts", default="branch,peers,decode,data", help="some of branch, peers, decode, data")
     arguments = parser.parse_args()
     expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.exists() else {"rows": {}}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"

@@ -98,6 +98,7 @@ def parse() -> argparse.Namespace:
         "--precision", choices=("fp32", "bf16"), default=None, help="default: bf16 on cuda, fp32 on cpu"
     )
     parser.add_argument("--micro-batch", type=int, default=None)
+    parser.add_argument("--accumulation", type=int, default=None, help="micro-batches of a step")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of our configuration")
     arguments = parser.parse_args()
@@ -109,7 +110,7 @@ def parse() -> argparse.Namespace:
 def measure_sides(arguments: argparse.Namespace, folder: Path) -> tuple[list[Any], dict[str, Any]]:
     """(rows, peak bytes by side)."""
     shape, (micro, accumulation) = PRESETS[arguments.preset], BATCHES[arguments.preset]
-    micro = arguments.micro_batch or micro
+    micro, accumulation = arguments.micro_batch or micro, arguments.accumulation or accumulation
     write_random_dataset(folder / "train", shape["vocab_size"], 4_000_000)
     (folder / "data").mkdir()
     for name in ("train", "val"):

@@ -29,6 +29,12 @@ def test_a_row_moves_where_intervals_are_apart(now: float, larger_is_slower: boo
     assert [verdict for verdict, _ in said] == ["noise", expected]
 
 
+def test_noise_rows_of_every_benchmark_are_known() -> None:
+    """step_time and peers begin with "A/A", decode_speed names what it measures first."""
+    said = guard.judge([row("a step, A/A", 1.0), row("A/A: ours, again", 1.0)], {}, True)
+    assert [verdict for verdict, _ in said] == ["noise", "noise"]
+
+
 def test_noise_widens_what_counts_as_the_same() -> None:
     stored = {"branch": row("branch", 1.04)}
     assert guard.judge([row("A/A: again", 1.0, 0.3), row("branch", 1.2)], stored, True)[1][0] == "same"
