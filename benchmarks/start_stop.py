@@ -139,6 +139,16 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
     trainer = Timed(run, topology)
     kinds = ("sync", "async", "publication", "step", "step beside a writer")
     trainer.spent = {kind: [] for kind in kinds}
+    wait = trainer.engine.before_update
+
+    def timed_wait() -> None:
+        """Copies that are not made yet when weights are about to change hold training up, too."""
+        start = time.perf_counter()
+        wait()
+        if trainer.spent["async"]:
+            trainer.spent["async"][-1] += time.perf_counter() - start
+
+    trainer.engine.before_update = timed_wait
     trainer.run()
     size = sum(f.stat().st_size for f in next((Path(run.run.dir) / "checkpoints").glob("step_*")).iterdir())
     return {"seconds": trainer.spent, "checkpoint_bytes": size}

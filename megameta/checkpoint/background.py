@@ -1,9 +1,13 @@
 """Saving while training goes on: the tensors are copied, a thread of each rank writes them, and the main threads agree.
 
-    begin      collective: the working directory; this rank's tensors copied to host memory (this is what training waits
-               for); the thread starts
-    is_writing whether this rank's thread is at work; the trainer asks all ranks, in a collective that it makes anyway
-    complete   collective: waits for the threads, then the small files and the name, as in a save without threads
+    begin            collective: the working directory; the thread starts, copies this rank's tensors to host memory and
+                     writes them. Where ranks must come together for a tensor (ZeRO 1 to 3, tensor parallelism) the
+                     main threads make the copies first.
+    wait_for_copies  before weights and moments change again: a forward and a backward pass later, so that there is
+                     seldom anything to wait for
+    is_writing       whether this rank's thread is at work; the trainer asks all ranks, in a collective that it makes
+                     anyway
+    complete         collective: waits for the threads, then the small files and the name, as in a save without threads
 
 Threads make no collective. Until ``complete`` the checkpoint is a hidden working directory, so that a run that is
 killed in between goes on from the one before; what is left is removed when the next checkpoint is published.
@@ -12,8 +16,9 @@ killed in between goes on from the one before; what is left is removed when the 
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,17 +45,25 @@ Copies = list[tuple[StateEntry, Tensor]]
 
 
 class _Writer(threading.Thread):
-    """Writes this rank's share from copies."""
+    """Writes this rank's share from copies, which ``copy`` makes or has made."""
 
-    def __init__(self, share: Share, copies: Copies) -> None:
+    def __init__(self, share: Share, copy: Callable[[], Copies]) -> None:
         super().__init__(name="checkpoint-writer", daemon=True)
-        self._share, self._copies = share, copies
+        self._share, self._copy = share, copy
         self._cancelled = threading.Event()
+        self.has_copied = threading.Event()
         self.result: ShareResult | None = None
 
     def run(self) -> None:
         """Failures are kept by the share, and raised by ``complete`` on every rank."""
-        for entry, tensor in self._copies:
+        copies: Copies = []
+        try:
+            copies = self._copy()
+        except Exception as error:  # any: whatever it is, it is raised on every rank in the end
+            self._share.fail(f"copying the state: {type(error).__name__}: {error}")
+        finally:
+            self.has_copied.set()
+        for entry, tensor in copies:
             if self._cancelled.is_set():
                 break
             self._share.put(entry, tensor)
@@ -101,19 +114,31 @@ class BackgroundSaver:
         trainer: TrainerState | None,
         attempt: Attempt | None = None,
     ) -> None:
-        """Copy the state, and start to write it. Collective; arguments and errors are those of ``save_distributed``.
+        """Start to copy the state and to write it. Collective; arguments and errors are those of ``save_distributed``.
 
-        The one before must have been completed.
+        The one before must have been completed. The state must not change before ``wait_for_copies``.
         """
         if self._save is not None:
             raise ValueError(f"{self._save.path} has not been completed")
         work = working_directory(path, attempt)
         with removed_on_failure(work, self._topology):
             share = begin(work, path, source, self._topology)
-            gathered = [(entry, source.gather(entry, self._memory_of(entry))) for entry in source.entries]
-            writer = _Writer(share, [(entry, tensor) for entry, tensor in gathered if tensor is not None])
+            copy = partial(self._copy, source)
+            if not source.is_local:
+                copies = copy()
+                copy = partial(list, copies)
+            writer = _Writer(share, copy)
             self._save = _Save(work, path, config, trainer, attempt, writer)
             writer.start()
+
+    def _copy(self, source: StateSource) -> Copies:
+        gathered = [(entry, source.gather(entry, self._memory_of(entry))) for entry in source.entries]
+        return [(entry, tensor) for entry, tensor in gathered if tensor is not None]
+
+    def wait_for_copies(self) -> None:
+        """Return when the state may change. Not collective."""
+        if self._save is not None:
+            self._save.writer.has_copied.wait()
 
     def complete(self) -> Path:
         """Wait until every rank has written, and give the checkpoint its name. Collective.

@@ -54,6 +54,10 @@ class StateSource(Protocol):
         Ranks of other pipeline stages have other entries.
         """
 
+    @property
+    def is_local(self) -> bool:
+        """Whether ``gather`` makes no collective, so that a thread may call it."""
+
     def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
         """The full float32 tensor on the CPU, on its owner; None elsewhere. Collective among the participants.
 
@@ -162,6 +166,8 @@ def save_weights(
 class _InMemory:
     """A source over mappings."""
 
+    is_local = True
+
     def __init__(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         self._tensors = {"model": weights, "optimizer": moments}
         self.entries = [
@@ -234,6 +240,10 @@ class Share:
             if tensor is None:
                 raise ValueError(f"{entry.name} was not gathered on its owner")
             self._writers[entry.kind].write(entry.name, tensor)
+
+    def fail(self, said: str) -> None:
+        """Nothing more is written; what is said is raised with the other failures."""
+        self._failure = self._failure or said
 
     def finish(self) -> ShareResult:
         """Close the files, with everything on the disk."""

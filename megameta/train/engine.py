@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,6 +49,10 @@ class NonFiniteLoss(UserError):
 
 class NonFiniteGradient(UserError):
     """The loss is finite and its gradient is not; the weights may be lost, and no checkpoint may be made of them."""
+
+
+def _nothing() -> None:
+    """What is done before an update where nobody asks for anything."""
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -105,6 +109,8 @@ class Engine:
         self.state = EngineState(self.engine, self.optimizer, model, config.model, topology, self.groups.tensor)
         self._scales_loss = config.train.precision == "fp16"
         self._timer = ForwardTimer(topology.device)
+        self.before_update: Callable[[], None] = _nothing
+        """Called in every step when gradients are there and weights and moments are about to change."""
         self.forward_seconds: list[float] = []
         """Of the last step's first micro-batch, by rank (on GPUs of the step before); 0 where it is not measured."""
         self.state.restore_masters(exact)
@@ -143,6 +149,7 @@ class Engine:
         loss = self._finite_mean(total, num_targets, batches)
         norm = self._stage0_norm()
         updates = self.state.optimizer_step if self._scales_loss else 0
+        self.before_update()
         self._update()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)

@@ -80,6 +80,8 @@ class Trainer:
             self.state = checkpoint.trainer()
             self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
+        if self.saver is not None:
+            self.engine.before_update = self.saver.wait_for_copies
         self.place.monitor.groups = {
             "world": dist.group.WORLD,
             "data": self.engine.groups.data,
@@ -305,7 +307,7 @@ class Trainer:
         return step_of(found) if found else 0
 
     def _save(self) -> None:
-        """Every rank writes its share, or copies it for its writing thread."""
+        """Every rank writes its share, or has its writing thread do so beside the next steps."""
         state = replace(
             self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )

@@ -76,6 +76,11 @@ class EngineState:
             for key in (None, *MOMENTS)
         ]
 
+    @property
+    def is_local(self) -> bool:
+        """Every rank has the optimiser's state and the weights in full."""
+        return self.zero_stage == 0 and self.tp is None
+
     def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
         """An entry in full, float32, on the CPU, where this rank owns it; None elsewhere. Collective in the stage."""
         key, name = (None, entry.name) if entry.kind == "model" else entry.name.split(".", 1)

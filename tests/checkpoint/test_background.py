@@ -42,6 +42,7 @@ def test_the_files_are_those_of_a_save_without_a_thread(tmp_path):
     plain, path = tmp_path / "plain", tmp_path / "run" / step_name(7)
     write_checkpoint(plain, CONFIG, weights, {"exp_avg.a": weights["blocks.3"]}, STATE)
     saver = begun(path, weights)
+    saver.wait_for_copies()
     for tensor in weights.values():
         tensor.zero_()  # training goes on
     assert saver.is_pending and not path.exists()
@@ -57,6 +58,48 @@ def test_the_files_are_those_of_a_save_without_a_thread(tmp_path):
     assert open_checkpoint(again).weights()["blocks.3"].count_nonzero() == 0
     with pytest.raises(ValueError, match="no save has been begun"):
         saver.complete()
+
+
+def test_who_copies_and_when(tmp_path):
+    """A thread, unless ranks must come together for it; then the caller, before ``begin`` returns."""
+    weights, may_copy, copied_by = tensors(), threading.Event(), set()
+
+    class Slow(Source):
+        def gather(self, entry, out=None):
+            copied_by.add(threading.current_thread().name)
+            assert may_copy.wait(20)
+            return super().gather(entry, out)
+
+    saver, source = BackgroundSaver(Alone()), Slow(weights, {})
+    saver.begin(tmp_path / step_name(1), CONFIG, source, STATE)
+    waiting = threading.Thread(target=saver.wait_for_copies)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive(), "the state would change while it is copied"
+    may_copy.set()
+    waiting.join(20)
+    assert not waiting.is_alive() and copied_by == {"checkpoint-writer"}
+    saver.complete()
+    copied_by.clear()
+    source.is_local = False
+    saver.begin(tmp_path / step_name(2), CONFIG, source, STATE)
+    assert copied_by == {threading.current_thread().name}
+    saver.wait_for_copies()
+    saver.complete()
+    saver.wait_for_copies()
+
+
+def test_a_copy_that_fails_is_said_when_the_save_is_completed(tmp_path):
+    class Failing(Source):
+        def gather(self, entry, out=None):
+            raise MemoryError("no host memory")
+
+    saver = BackgroundSaver(Alone())
+    saver.begin(tmp_path / step_name(7), CONFIG, Failing(tensors(), {}), STATE)
+    saver.wait_for_copies()
+    with pytest.raises(UserError, match=r"cannot save .*rank 0, copying the state: MemoryError: no host memory"):
+        saver.complete()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", ["write", "close"])

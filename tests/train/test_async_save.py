@@ -66,7 +66,30 @@ def _two_ranks(topology, corpus, root):
     codes = []
     for name, asynchronous in (("sync", False), ("async", True)):
         codes.append(run(make_trainer(corpus, f"{root}/{name}", topology, checkpoint__async_save=asynchronous)))
+    codes += _copied_late(topology, corpus, root)
     return codes, _published_late(topology, corpus, f"{root}/late"), _disk_fails(topology, corpus, f"{root}/full")
+
+
+def _copied_late(topology, corpus, root):
+    """At ZeRO 0 threads copy: not before the next update is about to be made, which then has to wait."""
+    changes = {"parallel__zero_stage": 0}
+    codes = [run(make_trainer(corpus, f"{root}/sync0", topology, checkpoint__async_save=False, **changes))]
+    trainer = make_trainer(corpus, f"{root}/async0", topology, **changes)
+    about_to, state = threading.Event(), trainer.engine.state
+    wait, gather = trainer.engine.before_update, state.gather
+
+    def waiting():
+        about_to.set()
+        wait()
+        if trainer.state.step < STEPS - 1:  # no update comes after the last save
+            about_to.clear()
+
+    def gathering(entry, out=None):
+        about_to.wait(0.05)  # every tensor, so that the update comes before the last one
+        return gather(entry, out)
+
+    trainer.engine.before_update, state.gather = waiting, gathering
+    return [*codes, run(trainer)]
 
 
 def _published_late(topology, corpus, root):
@@ -120,7 +143,7 @@ def two(tmp_path_factory):
 
 def test_the_same_checkpoints_as_without(two):
     root, results = two
-    assert [codes for codes, *_ in results] == [[EXIT_OK, EXIT_OK]] * 2
+    assert [codes for codes, *_ in results] == [[EXIT_OK] * 4] * 2
     expected = content(root / "sync")
     assert list(expected) == [f"step_{step:08d}" for step in (2, 4, 6)]
     assert content(root / "async") == expected
@@ -128,6 +151,13 @@ def test_the_same_checkpoints_as_without(two):
     left = [path.name for path in (root / "async" / "checkpoints").iterdir()]
     assert sorted(left) == ["latest", *expected], "no working directory is left"
     assert open_checkpoint(root / "async").trainer().step == STEPS
+
+
+def test_weights_wait_for_the_threads_that_copy_them(two):
+    root, _ = two
+    expected = content(root / "sync0")
+    assert list(expected) == [f"step_{step:08d}" for step in (2, 4, 6)]
+    assert content(root / "async0") == expected
 
 
 def test_it_counts_when_every_rank_has_written(two):
