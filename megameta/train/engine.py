@@ -105,6 +105,9 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
+        if self.zero_stage == 0 and ranks == 1:
+            # It would flatten all gradients into a copy, sum it over nobody, and copy it back.
+            self.engine.enable_backward_allreduce = False
         self.model = model
         self.state = EngineState(self.engine, self.optimizer, model, config.model, topology, self.groups.tensor)
         self._scales_loss = config.train.precision == "fp16"
