@@ -35,6 +35,14 @@ def test_noise_rows_of_every_benchmark_are_known() -> None:
     assert [verdict for verdict, _ in said] == ["noise", "noise"]
 
 
+def test_runs_of_the_same_code_are_the_same() -> None:
+    """Seen within five minutes: 0.993 [0.981, 1.006] and 1.027 [1.020, 1.036], with as-noise rows within 0.01 of 1."""
+    stored = {"a step": row("a step", 0.993, 0.013)}
+    rows = [row("a step, A/A", 1.0, 0.007), row("a step", 1.028, 0.008)]
+    assert guard.judge(rows, stored, True)[1][0] == "same"
+    assert guard.judge([rows[0], row("a step", 1.06, 0.008)], stored, True)[1][0] == "slower"
+
+
 def test_noise_widens_what_counts_as_the_same() -> None:
     stored = {"branch": row("branch", 1.04)}
     assert guard.judge([row("A/A: again", 1.0, 0.3), row("branch", 1.2)], stored, True)[1][0] == "same"
