@@ -111,6 +111,8 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
             self._complete_save()
             number = sum(len(self.spent[kind]) for kind in ("sync", "async"))
             self.background = self.background or self.saver
+            if self.background is not None:
+                self.background.wait_for_removal()
             self.saver = self.background if number % 2 else None
             self.kind = "async" if number % 2 else "sync"
             start = time.perf_counter()

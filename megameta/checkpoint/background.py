@@ -9,8 +9,9 @@
                      anyway
     complete         collective: waits for the threads, then the small files and the name, as in a save without threads
 
-Threads make no collective. Until ``complete`` the checkpoint is a hidden working directory, so that a run that is
-killed in between goes on from the one before; what is left is removed when the next checkpoint is published.
+On a GPU the thread's copies queue up with the training's kernels. Threads make no collective. Until ``complete`` the
+checkpoint is a hidden working directory, so that a run that is killed in between goes on from the one before; what is
+left is removed when the next checkpoint is published.
 """
 
 import logging
@@ -36,7 +37,7 @@ from megameta.checkpoint.save import (
     removed_on_failure,
     working_directory,
 )
-from megameta.checkpoint.store import TrainerState
+from megameta.checkpoint.store import TrainerState, retire
 from megameta.config import RunConfig
 
 LOG = logging.getLogger("megameta")
@@ -47,9 +48,9 @@ Copies = list[tuple[StateEntry, Tensor]]
 class _Writer(threading.Thread):
     """Writes this rank's share from copies, which ``copy`` makes or has made."""
 
-    def __init__(self, share: Share, copy: Callable[[], Copies]) -> None:
+    def __init__(self, share: Share, copy: Callable[[], Copies], wait_for_removal: Callable[[], None]) -> None:
         super().__init__(name="checkpoint-writer", daemon=True)
-        self._share, self._copy = share, copy
+        self._share, self._copy, self._wait_for_removal = share, copy, wait_for_removal
         self._cancelled = threading.Event()
         self.has_copied = threading.Event()
         self.result: ShareResult | None = None
@@ -63,6 +64,7 @@ class _Writer(threading.Thread):
             self._share.fail(f"copying the state: {type(error).__name__}: {error}")
         finally:
             self.has_copied.set()
+        self._wait_for_removal()  # so that the disk never holds more than checkpoint.keep and this one
         for entry, tensor in copies:
             if self._cancelled.is_set():
                 break
@@ -127,7 +129,7 @@ class BackgroundSaver:
             if not source.is_local:
                 copies = copy()
                 copy = partial(list, copies)
-            writer = _Writer(share, copy)
+            writer = _Writer(share, copy, self.wait_for_removal)
             self._save = _Save(work, path, config, trainer, attempt, writer)
             writer.start()
 
@@ -158,20 +160,20 @@ class BackgroundSaver:
             complete(save.work, save.path, save.config, save.trainer, result, ranks, save.attempt)
         return save.path
 
-    def remove(self, directories: Sequence[Path]) -> None:
-        """Remove retired checkpoints beside training, which would wait for the disk otherwise. Not collective."""
-        self._wait_for_removal()
-        if directories:
-            self._remover = threading.Thread(target=_remove, args=(directories,), name="checkpoint-remover")
-            self._remover.start()
+    def prune(self, directory: Path, keep: int) -> None:
+        """``store.prune``, but for the removal itself, which goes on beside training. Not collective."""
+        self.wait_for_removal()
+        self._remover = threading.Thread(target=_remove, args=(retire(directory, keep),), name="checkpoint-remover")
+        self._remover.start()
 
-    def _wait_for_removal(self) -> None:
+    def wait_for_removal(self) -> None:
+        """Return when nothing is being removed."""
         if self._remover is not None:
             self._remover.join()
 
     def cancel(self) -> None:
         """The run ends, or ends for another reason: stop writing, and drop what was begun. Not collective."""
-        self._wait_for_removal()
+        self.wait_for_removal()
         if self._save is None:
             return
         save, self._save = self._save, None

@@ -198,14 +198,14 @@ def _head(model: ModelConfig, widths: Widths, layout: Layout, rows: float, own_r
     kept = widths.residual * own_rows * width + _norm(model, widths, own_rows)
     kept += _linear_input(widths, rows, width, 1)
     kept += 2 * columns * width if widths.copies else 0
-    return kept + 4 * rows * columns + (8 if layout.tensor == 1 else 10) * rows
+    return kept + 4 * rows * columns + (8 if layout.tensor == 1 else 0) * rows
 
 
 def _head_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
     logits, columns = rows * _columns(model, layout), _columns(model, layout)
-    # Whole: the gradients of the log-probabilities and of the logits. Sharded: the logits in the forward pass, in both
-    # dtypes; their gradient is made in place.
-    loss = logits * (8 if layout.tensor == 1 else 4 if widths.linear == 4 else 6)
+    # Whole: the gradients of the log-probabilities and of the logits. Sharded: the logits as they come, beside the
+    # copy that becomes their gradient and is kept.
+    loss = logits * (8 if layout.tensor == 1 else widths.linear)
     # The gradient of the output weight, in the dtype of the product, of the parameter, and padded to the whole table;
     # the log-probabilities are gone by then.
     table = columns * model.hidden_size

@@ -12,6 +12,9 @@ from megameta.errors import UserError
 from megameta.model import ModelConfig
 from megameta.parallel.pipeline import stage_bounds
 
+#: Keys of deepspeed.zero_optimization that mean nothing at stage 0.
+NEED_ZERO = frozenset({"stage", "offload_optimizer", "offload_param"})
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -85,13 +88,15 @@ def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
     """The stage of ZeRO that a run uses, where the configuration leaves it open.
 
     A lone data-parallel rank would copy every gradient into a bucket and every weight out of a partition, and keep both
-    (docs/performance.md has the price). Pipeline stages and fp16 need stage 1 (``validate``), and who sets DeepSpeed's
-    own options of ZeRO means to use it.
+    (docs/performance.md has the price). Pipeline stages and fp16 need stage 1 (``validate``), and so do DeepSpeed's
+    offloading and its choice of a type to accumulate gradients in.
     """
     if config.parallel.zero_stage is not None:
         return config.parallel.zero_stage
     shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
-    return int(shared or config.train.precision == "fp16" or "zero_optimization" in config.deepspeed)
+    own = config.deepspeed.get("zero_optimization")
+    asked = "data_types" in config.deepspeed or (isinstance(own, dict) and not NEED_ZERO.isdisjoint(own))
+    return int(shared or config.train.precision == "fp16" or asked)
 
 
 @dataclass(frozen=True)

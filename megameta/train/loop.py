@@ -23,7 +23,7 @@ from megameta.checkpoint import (
     save_distributed,
 )
 from megameta.checkpoint.background import BackgroundSaver
-from megameta.checkpoint.store import point_latest, retire, step_name, step_of
+from megameta.checkpoint.store import point_latest, step_name, step_of
 from megameta.config import RunConfig
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
@@ -355,7 +355,7 @@ class Trainer:
         attempt.check()
         keep = self.config.checkpoint.keep
         if self.saver is not None:
-            self.saver.remove(retire(self.checkpoints, keep))
+            self.saver.prune(self.checkpoints, keep)
         else:
             prune(self.checkpoints, keep)
 

@@ -10,7 +10,7 @@ from megameta.checkpoint import TrainerState, open_checkpoint, write_checkpoint
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.ranks import Alone
 from megameta.checkpoint.save import _InMemory
-from megameta.checkpoint.store import step_name
+from megameta.checkpoint.store import point_latest, step_name
 from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.config import build_config
 from megameta.errors import UserError
@@ -126,19 +126,35 @@ def test_old_checkpoints_go_beside_training(tmp_path, monkeypatch, caplog):
     saver, may_go = BackgroundSaver(Alone()), threading.Event()
     removed = shutil.rmtree
 
-    def slow(path, **_):
+    def slow(path, **options):
+        if path.suffix != ".old":
+            return removed(path, **options)
         assert may_go.wait(20)
         if path.name == ".step_00000001.old":
             raise OSError(30, "Read-only file system")
         removed(path)
 
-    doomed = [tmp_path / f".step_0000000{step}.old" for step in (1, 2)]
-    for path in doomed:
-        path.mkdir()
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path / step_name(step), CONFIG, tensors())
+    point_latest(tmp_path / step_name(3))
     monkeypatch.setattr(shutil, "rmtree", slow)
-    saver.remove(doomed)
+    saver.prune(tmp_path, 1)
+    doomed = [tmp_path / f".{step_name(step)}.old" for step in (1, 2)]
     assert all(path.exists() for path in doomed), "the caller has waited"
+    assert [path.name for path in tmp_path.glob("step_*")] == [step_name(3)]
+    # another save goes on while they are there, but does not write before they are gone
+    write, gone = TensorWriter.write, []
+
+    def noting(self, name, tensor):
+        gone.append(not doomed[1].exists())
+        write(self, name, tensor)
+
+    monkeypatch.setattr(TensorWriter, "write", noting)
+    saver.begin(tmp_path / step_name(4), CONFIG, Source(tensors(), {}), STATE)
+    saver.wait_for_copies()
     may_go.set()
+    saver.complete()
+    assert gone and all(gone)
     saver.cancel()
     assert [path.exists() for path in doomed] == [True, False]
     assert "cannot remove the old checkpoint" in caplog.text and ".step_00000001.old" in caplog.text

@@ -153,6 +153,10 @@ def test_layout_of_a_configuration() -> None:
         ({"parallel__pipeline_parallel_size": 2}, 1, 1),
         ({"train__precision": "fp16"}, 1, 1),
         ({"deepspeed__zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 1, 1),
+        ({"deepspeed__zero_optimization": {"reduce_bucket_size": 1000}}, 1, 0),
+        ({"deepspeed__zero_optimization": {"stage": 1}}, 1, 1),
+        ({"deepspeed__zero_optimization": 3}, 1, 0),  # refused elsewhere, with a message
+        ({"deepspeed__data_types": {"grad_accum_dtype": "bf16"}}, 1, 1),
         *(({"parallel__zero_stage": stage}, ranks, stage) for stage in range(4) for ranks in (1, 2)),
     ],
 )
@@ -268,7 +272,8 @@ def test_steps_on_gloo(case: str) -> None:
     layout = Layout.of(config, world_size)
     stages = estimate(config, layout)
     per_micro_batch = activations(config, layout)
-    for rank, step in enumerate(run_ranks(observe, world_size, config, timeout=400)):
+    steps = run_ranks(observe, world_size, config, timeout=400)
+    for rank, step in enumerate(steps):
         stage = stages[rank // (layout.data * layout.tensor)]
         assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"
         last = stage.stage == layout.pipeline - 1
@@ -279,6 +284,9 @@ def test_steps_on_gloo(case: str) -> None:
         if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go
             assert kept == pytest.approx(step.saved, rel=0.05)
         if layout.pipeline == 1:
-            assert peak == pytest.approx(step.peak, rel=0.15)
+            # What ZeRO 3 holds at once hangs on how far a rank's gathers are ahead: on a busy machine two ranks were seen
+            # to have 5.7 and 7.0 MB of the same step. The estimate is of the one that holds most.
+            measured = max(step.peak for step in steps) if layout.zero_stage == 3 else step.peak
+            assert peak == pytest.approx(measured, rel=0.15)
         else:  # how much is in flight at once hangs on the stages' timing; seen from 0.94 to 1.24 on a busy machine
             assert 0.85 * step.peak <= peak <= 1.35 * step.peak
