@@ -20,8 +20,12 @@ python=${PYTHON:-python3}
 parts=${PARTS:-tests branch dense engine_152m engine_1.3b peers long_sequences start_stop}
 mkdir -p "$out"
 rm -f "$out"/*.json "$out"/*.code
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# A part that is cut off while it compiles leaves half a file, on which the next program that finds it would fail.
+export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
 if [ -n "${WHEELS:-}" ]; then
-  site=$(mktemp -d)
+  site=$scratch/site
   "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 1
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
