@@ -21,13 +21,34 @@ Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 CacheUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+#: From this length on sdpa goes through a CPU's documents one by one, where kernels are slow and starts of them cheap.
+#: A mask costs T² in time, and as a float copy that torch keeps for each layer's backward pass.
+BY_DOCUMENT = 2048
+
+
 def attend_sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
     """torch's scaled_dot_product_attention, on any device and dtype."""
+    is_long = q_BHTK.device.type == "cpu" and q_BHTK.shape[2] >= BY_DOCUMENT
+    # Not while compiling: each division into documents would make code of its own.
+    if mask.document_BT is not None and is_long and not torch.compiler.is_compiling():
+        return _attend_by_document(q_BHTK, k_BGSK, v_BGSK, mask.document_BT)
     allowed = mask.allowed_BTS[:, None] if mask.allowed_BTS is not None else None
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=allowed, is_causal=mask.causal, enable_gqa=grouped
     )
+
+
+def _attend_by_document(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, document_BT: Tensor) -> Tensor:
+    """Causal attention inside each run of rows of one document."""
+    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+    out = []
+    for row, document_T in enumerate(document_BT.expand(len(q_BHTK), -1)):
+        sizes = segment_bounds(document_T[None])[0].diff().tolist()
+        runs = zip(*(x[row : row + 1].split(sizes, dim=2) for x in (q_BHTK, k_BGTK, v_BGTK)), strict=True)
+        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in runs]
+        out.append(torch.cat(parts, dim=2))
+    return torch.cat(out)
 
 
 def segment_bounds(document_BT: Tensor) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model_cases import LENGTH, assert_close, make_documents, make_positions, make_tokens, small_config, small_model
 from torch import Tensor
 
-from megameta.model import DecodingCache, Mask
+from megameta.model import DecodingCache, Mask, attention
 from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, segment_bounds
 
 
@@ -175,6 +175,28 @@ def test_flash_that_is_missing_names_the_install_command(monkeypatch: pytest.Mon
     with pytest.raises(ImportError, match=r"attention_backend=sdpa"):
         small_model(small_config(attention_backend="flash"))
     assert choose_attention("auto") == choose_attention("sdpa") == ("sdpa", attend_sdpa)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_long_sequences_go_document_by_document(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same outputs and gradients as with a dense mask; documents of one row, other ones in each sequence."""
+    length, generator = attention.BY_DOCUMENT, torch.Generator().manual_seed(0)
+    document = torch.stack([torch.arange(length) // 700, torch.cat((torch.arange(5), torch.full((length - 5,), 9)))])
+    shapes = [(2, heads, length, 8) for heads in (4, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    taken: list[Tensor] = []
+    by_document = attention._attend_by_document
+    monkeypatch.setattr(attention, "_attend_by_document", lambda *x: (taken.append(x[0]), by_document(*x))[1])
+    results = []
+    for threshold in (length, length + 1):
+        monkeypatch.setattr(attention, "BY_DOCUMENT", threshold)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend_sdpa(*leaves, document_mask(document))
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    assert len(taken) == 1, "from this length on, and not below"
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.MonkeyPatch) -> None:
