@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from engine_overhead import random_batch
 from paired import HEADER, ON_THE_WALL, measure, ratio
+from step_time import PRESETS
 
 from megameta.config import RunConfig, build_config
 from megameta.config.loading import apply_overrides
@@ -27,17 +28,11 @@ from megameta.parallel.launch import initialize_process_group, make_topology, pi
 from megameta.train.loop import describe_layout
 from megameta.train.pipeline_engine import make_engine
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "length": 128},
-    "cpu": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "vocab_size": 8192, "length": 1024},
-    "152m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 50258, "length": 1024},
-}
-
 
 def make_config(arguments: argparse.Namespace, *, branch: bool) -> RunConfig:
     """The run of a side."""
-    shape = {key: value for key, value in SHAPES[arguments.shape].items() if key != "length"}
-    length = SHAPES[arguments.shape]["length"]
+    shape = {key: value for key, value in PRESETS[arguments.shape].items() if key not in ("length", "batch")}
+    length = PRESETS[arguments.shape]["length"]
     model = {**shape, "meta_token_id": shape["vocab_size"] - 1, "max_position_embeddings": length}
     train = {"micro_batch_size": arguments.batch, "precision": arguments.precision}
     values = {
@@ -69,7 +64,7 @@ def make_turn(config: RunConfig, arguments: argparse.Namespace) -> Callable[[], 
 def main() -> None:
     """Print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="cpu")
+    parser.add_argument("--shape", choices=PRESETS, default="cpu")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -96,7 +91,7 @@ def main() -> None:
         print(
             f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} thread(s) a"
             f" rank, load {os.getloadavg()[0]:.1f}; {describe_layout(with_branch, topology)};"
-            f" {SHAPES[arguments.shape]}, {with_branch.train.global_batch_size} sequences a step,"
+            f" {PRESETS[arguments.shape] | {'batch': with_branch.train.global_batch_size}},"
             f" {columns} meta-tokens each"
         )
         print(HEADER)

@@ -38,6 +38,8 @@ PRESETS: dict[str, tuple[dict[str, int], int, int]] = {
 }
 #: Seconds for a start, on a machine that is busy with other things.
 LIMIT = 600.0
+#: What the seconds of such a run are of.
+KINDS = ("sync", "async", "publication", "step", "step beside a writer")
 #: Steps between two saves of the run that alternates.
 BETWEEN = 5
 
@@ -88,18 +90,24 @@ def starts(config: Path, repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def stalls(config: str, saves: int) -> dict[str, Any]:
-    """Seconds that training waits at saves of either kind, and of steps beside a writing thread and without one."""
-    from megameta.checkpoint.background import BackgroundSaver
-    from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+def timed_trainer(run: Any, topology: Any) -> Any:
+    """A trainer whose every second save is asynchronous; ``spent`` has the seconds that are waited, by kind."""
     from megameta.train.loop import Trainer
-    from megameta.train.setup import load_run_config
 
     class Timed(Trainer):
-        """Every second save is asynchronous; what is waited for is noted with it."""
+        def __init__(self) -> None:
+            super().__init__(run, topology)
+            self.spent: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            self.background = self.saver
+            self._wait = self.engine.before_update
+            self.engine.before_update = self._before_update
 
-        spent: dict[str, list[float]]
-        background: BackgroundSaver | None = None
+        def _before_update(self) -> None:
+            """Copies that are not made yet when weights are about to change hold training up, too."""
+            start = time.perf_counter()
+            self._wait()
+            if self.spent["async"]:
+                self.spent["async"][-1] += time.perf_counter() - start
 
         def _step(self) -> None:
             busy = self.saver is not None and self.saver.is_writing
@@ -110,9 +118,7 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
         def _save(self) -> None:
             self._complete_save()
             number = sum(len(self.spent[kind]) for kind in ("sync", "async"))
-            self.background = self.background or self.saver
-            if self.background is not None:
-                self.background.wait_for_removal()
+            self.background.wait_for_removal()
             self.saver = self.background if number % 2 else None
             self.kind = "async" if number % 2 else "sync"
             start = time.perf_counter()
@@ -127,6 +133,14 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
                 self.spent["publication"].append(seconds)
                 self.spent["async"][-1] += seconds
 
+    return Timed()
+
+
+def stalls(config: str, saves: int) -> dict[str, Any]:
+    """Seconds that training waits at saves of either kind, and of steps beside a writing thread and without one."""
+    from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+    from megameta.train.setup import load_run_config
+
     run = load_run_config(
         config,
         [
@@ -138,19 +152,7 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
     )
     topology = make_topology(pick_device(run.run.device))
     initialize_process_group(topology)
-    trainer = Timed(run, topology)
-    kinds = ("sync", "async", "publication", "step", "step beside a writer")
-    trainer.spent = {kind: [] for kind in kinds}
-    wait = trainer.engine.before_update
-
-    def timed_wait() -> None:
-        """Copies that are not made yet when weights are about to change hold training up, too."""
-        start = time.perf_counter()
-        wait()
-        if trainer.spent["async"]:
-            trainer.spent["async"][-1] += time.perf_counter() - start
-
-    trainer.engine.before_update = timed_wait
+    trainer = timed_trainer(run, topology)
     trainer.run()
     size = sum(f.stat().st_size for f in next((Path(run.run.dir) / "checkpoints").glob("step_*")).iterdir())
     return {"seconds": trainer.spent, "checkpoint_bytes": size}

@@ -77,7 +77,8 @@ def _by_layer(
         curves["twin, without meta-tokens"] = (by_layer(twin["entropy"]), BLACK, ":", "x")
         normalised["twin, without meta-tokens"] = (by_layer(twin["normalised"]), BLACK, ":", "x")
     uniform = {"without": float(alone["uniform"].nanmean()), "with": float(inside["uniform"].nanmean())}
-    drop = overall(alone["entropy"] - inside["entropy"])
+    drop_CNH = alone["entropy"] - inside["entropy"]
+    drop = overall(drop_CNH)
     normalised_drop = overall(alone["normalised"] - inside["normalised"])
 
     def draw(figure: Any) -> None:
@@ -92,7 +93,7 @@ def _by_layer(
 
     named = {f"{name} (nats)": values for name, (values, *_) in curves.items()}
     named |= {f"{name} (normalised)": values for name, (values, *_) in normalised.items()}
-    named["drop (nats)"] = by_layer(alone["entropy"] - inside["entropy"])
+    named["drop (nats)"] = by_layer(drop_CNH)
     return Finding(
         name="entropy",
         section=SECTION,
