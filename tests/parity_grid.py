@@ -21,9 +21,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "train"), str(HERE / "parallel"), str(HERE / "model")]
 
 import torch  # noqa: E402
-from model_cases import covering  # noqa: E402
-from moves import LAYOUTS, START, go_on_many, worst_loss  # noqa: E402
-from parity import (  # noqa: E402
+
+from tests.support.layouts import (  # noqa: E402
     FACTORS,
     STEPS,
     TOLERANCE,
@@ -36,7 +35,9 @@ from parity import (  # noqa: E402
     reference,
     run_cases,
 )
-from ranks import RankError, run_ranks  # noqa: E402
+from tests.support.models import covering  # noqa: E402
+from tests.support.moves import LAYOUTS, START, go_on_many, worst_loss  # noqa: E402
+from tests.support.ranks import RankError, run_ranks  # noqa: E402
 
 #: Layouts over which the other factors are covered pairwise.
 COVERED = ((2, 1, 2, 1), (2, 1, 1, 2), (2, 1, 1, 3), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 0))

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from megameta.errors import UserError
 from megameta.model import GPT
 from megameta.train.setup import load_run_config
 from megameta.validate import problems
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -255,8 +254,7 @@ def test_what_is_shown_loads_again(tmp_path):
 
 def test_config_commands(file):
     def run(*arguments):
-        command = [sys.executable, "-m", "megameta", "config", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        return run_command(ROOT, "megameta", "config", *arguments)
 
     path = file("model: {hidden_size: 32, num_heads: 4, num_layers: 1}\ntrain: {global_batch_size: 12}\n")
     shown = run("show", str(path), "train.num_steps=9000")

@@ -1,14 +1,10 @@
 """``megameta extend``: what it writes, what it refuses, and the line from a short run to an extended one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from train_cases import tiny_values, write_corpus
 
 from megameta.checkpoint.save import write_checkpoint
 from megameta.checkpoint.store import TrainerState, point_latest
@@ -17,6 +13,8 @@ from megameta.commands.extend import extend, extended_config, to_text
 from megameta.config import RunConfig, build_config
 from megameta.errors import UserError
 from megameta.train.setup import DrawnWeights, load_run_config
+from tests.support.commands import run_command
+from tests.support.training import tiny_values, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 YARN4 = {"position_scaling": "yarn", "position_scaling_factor": 4.0, "original_max_position_embeddings": 32}
@@ -238,12 +236,8 @@ def test_a_value_that_is_by_chance_that_of_the_default_model_is_written(here):
 
 
 def train(file: str) -> None:
-    """In a process of its own, because of DeepSpeed. No time limit but the test's: a busy machine is no failure."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "megameta", "train", file]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """In a process of its own, because of DeepSpeed."""
+    run_command(Path.cwd(), "megameta", "train", file, check=True)
 
 
 @pytest.mark.slow

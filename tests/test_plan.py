@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from megameta.parallel.layout import Layout
 from megameta.parallel.planner import HEADROOM, Plan, layouts, plan, smallest_batch
 from megameta.train.check import check_config
 from megameta.validate import problems
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER, SMALL_B, LARGE_B = (
@@ -241,9 +240,7 @@ def test_config_check_prints_the_layout(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megameta", "plan", PAPER, "--gpus", "8", "--gpu-memory", "40GB", "--limit", "2"]
-    done = subprocess.run(
-        [*command, "--intra-bandwidth", "100", "train.micro_batch_size=6"], capture_output=True, text=True, timeout=120
-    )
+    command = ["plan", PAPER, "--gpus", "8", "--gpu-memory", "40GB", "--limit", "2", "--intra-bandwidth", "100"]
+    done = run_command(tmp_path, "megameta", *command, "train.micro_batch_size=6")
     assert done.returncode == 0, done.stderr
     assert "8 GPUs of 40 GB" in done.stdout and "inside a node 100" in done.stdout

@@ -5,10 +5,11 @@ import time
 
 import psutil
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
+
+from tests.support import ranks
+from tests.support.ranks import RankError, run_ranks
 
 
 def _sum_of_ranks(topology, offset):

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torture
-from damages import KINDS, damaged
-from killed_run import Run
-from kills import AIMS, TARGETS, Plan, Torturer
-from train_cases import tiny_config
 
 from megameta.checkpoint import TrainerState, write_checkpoint
 from megameta.checkpoint.store import point_latest, step_name
+from tests import torture
+from tests.support.damages import KINDS, damaged
+from tests.support.killed_run import Run
+from tests.support.kills import AIMS, TARGETS, Plan, Torturer
+from tests.support.training import tiny_config
 
 pytestmark = pytest.mark.timeout(900)  # starts of processes, on a machine that may be busy
 

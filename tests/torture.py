@@ -21,12 +21,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "train"), str(HERE / "pa
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
-from damages import KINDS, damage_many, rewritten_by_one_process  # noqa: E402
-from killed_run import KEEP, RANKS  # noqa: E402
-from kills import TARGETS, Outcome, Plan, Torturer  # noqa: E402
 
 from megameta.checkpoint import open_checkpoint  # noqa: E402
 from megameta.train.display import duration  # noqa: E402
+from tests.support.damages import KINDS, damage_many, rewritten_by_one_process  # noqa: E402
+from tests.support.killed_run import KEEP, RANKS  # noqa: E402
+from tests.support.kills import TARGETS, Outcome, Plan, Torturer  # noqa: E402
 
 #: Steps of a run; some forty kills long.
 STEPS = 60

@@ -1,21 +1,11 @@
 """A tiny model that is trained for some tens of steps, once for all tests of analyses."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from analysis_cases import subject_of, train_tiny
 
 from megameta.analysis.subject import Subject
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.support.analyses import subject_of, train_tiny
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from analysis_cases import run_megameta, subject_of
-from train_cases import tiny_values, write_corpus
 
 from megameta.analysis.findings import Finding
 from megameta.analysis.registry import ANALYSES, Options
@@ -24,6 +22,8 @@ from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
 from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
+from tests.support.analyses import run_megameta, subject_of
+from tests.support.training import tiny_values, write_corpus
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from analysis_cases import HEADS, LAYERS, SAMPLES, close, dense, nan_mean
 
 from megameta.analysis.attention_numbers import attention_numbers
 from megameta.analysis.boost import changes
@@ -15,6 +14,7 @@ from megameta.analysis.estimates import estimate
 from megameta.analysis.lens import lens_numbers
 from megameta.analysis.mass import mass_by_distance, ratio_by_distance
 from megameta.analysis.residual import KINDS, cosines, norms
+from tests.support.analyses import HEADS, LAYERS, SAMPLES, close, dense, nan_mean
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from analysis_cases import HEADS, LAYERS, SAMPLES, dense
 
 from megameta.analysis.observe import (
     observed_attention,
@@ -13,6 +12,7 @@ from megameta.analysis.observe import (
     switched_off,
     zeroed_meta_embedding,
 )
+from tests.support.analyses import HEADS, LAYERS, SAMPLES, dense
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
 

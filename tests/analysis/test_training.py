@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-from analysis_cases import subject_of
-from ranks import run_ranks
-from train_cases import step_loader, tiny_config, tiny_values, weights_digest, write_corpus
 
 from megameta.analysis.attention_numbers import attention_numbers
 from megameta.analysis.boost import changes
@@ -15,6 +12,9 @@ from megameta.config import build_config
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
 from megameta.validate import problems
+from tests.support.analyses import subject_of
+from tests.support.ranks import run_ranks
+from tests.support.training import step_loader, tiny_config, tiny_values, weights_digest, write_corpus
 
 pytestmark = pytest.mark.timeout(600)  # starts of processes, on a machine that may be busy
 STEPS = 6

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 from megameta.checkpoint import StateEntry, open_checkpoint, save_distributed
@@ -17,6 +16,7 @@ from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.config import build_config
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
+from tests.support.ranks import run_ranks
 
 CONFIG = build_config({"data": {"train": "x"}})
 STATE = TrainerState(step=7, next_batch=9, tokens=100, targets=80, optimizer_step=6)

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import zstandard
-from audit_cases import Tags, lines_of, prose, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from megameta.data.readers import read_documents
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
+from tests.support.audits import Tags, lines_of, prose, write_lines
 
 
 @pytest.fixture

@@ -3,19 +3,21 @@
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
-from audit_cases import Tags, lines_of, prose, write_lines
 
 from megameta.data.audit.manifest import verify_manifest
 from megameta.data.audit.options import AuditOptions
 from megameta.data.audit.run import audit
 from megameta.data.readers import read_documents
 from megameta.errors import UserError
+from tests.support.audits import Tags, lines_of, prose, write_lines
+from tests.support.commands import Command, run_command
+from tests.support.waiting import wait_until
 
 TOOL = Path(__file__).parents[2] / "tools" / "audit_corpus.py"
 SECRET = "ghp_" + "z9Y8" * 9
@@ -185,9 +187,7 @@ def test_any_number_of_workers_gives_the_same_report(corpus, audited, monkeypatc
 
 
 def tool(*arguments, cwd):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOOL.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+    return run_command(cwd, TOOL, *arguments)
 
 
 def test_the_command_and_its_manifest(corpus):
@@ -236,13 +236,10 @@ def test_a_failed_audit_leaves_nothing(corpus, monkeypatch):
 
 def test_a_killed_audit_leaves_no_output(corpus, tmp_path):
     write_lines(tmp_path / "big.jsonl", [{"text": prose(seed, 2000)} for seed in range(300)])
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
-    command = [sys.executable, str(TOOL), "--input", "big.jsonl", "--output", "out", "--workers", "1"]
-    for kill in ("terminate", "kill"):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(tmp_path.glob("out.tmp-*")):
-            pass
-        getattr(process, kill)()
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        process = Command(tmp_path, TOOL, "--input", "big.jsonl", "--output", "out", "--workers", "1")
+        wait_until(lambda: list(tmp_path.glob("out.tmp-*")), unless=process.poll)
+        process.send_signal(kill)
         assert process.wait() != 0
         assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.glob("out.tmp-*"))) == 1  # of the one that could not tidy up; the next one does

@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,10 @@ from megameta.data.readers import read_blocks
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe, train_sentencepiece
 from megameta.errors import UserError
+from tests.support.commands import Command, run_command
+from tests.support.waiting import wait_until
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
 CORPUS = [
     "The cat sat on the mat and the dog sat by the door.",
     "Rain fell all day; the cat slept on.",
@@ -46,8 +47,7 @@ def write_lines(file, documents, key="text"):
 
 
 def tool(name, *arguments):
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_command(ROOT, f"tools/{name}", *arguments)
 
 
 def options(folder, file, prefix, **settings):
@@ -257,31 +257,25 @@ def alive(pid):
 def test_an_interrupted_run_ends_its_processes_and_leaves_nothing(folder, tmp_path, how):
     file = tmp_path / "a.jsonl"
     file.write_text((json.dumps({"text": CORPUS[0] * 2000}) + "\n") * 600)  # about 60 MB, far more than it gets to
-    command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", str(file), "--workers", "2"]
-    command += ["--output-prefix", str(tmp_path / "o"), "--tokenizer", str(folder / "bpe"), "--log-interval", "1"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert run.stderr is not None
-    assert "Processed" in run.stderr.readline()
+    arguments = ["--input", file, "--workers", 2, "--output-prefix", tmp_path / "o", "--tokenizer", folder / "bpe"]
+    run = Command(tmp_path, "tools/preprocess_data.py", *arguments, "--log-interval", 1, session=True)
+    wait_until(lambda: "Processed" in run.stderr, unless=run.poll)
     workers = children_of(run.pid)
     assert len(workers) >= 2
     if how == "interrupt":
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
     elif how == "terminate":
-        run.terminate()
+        run.send_signal(signal.SIGTERM)
     elif how == "kill":
-        run.kill()
+        run.send_signal(signal.SIGKILL)
     else:
         os.kill(max(workers), signal.SIGKILL)
-    errors = run.communicate(timeout=60)[1]
+    code, errors = run.wait(), run.stderr
     expected = {"interrupt": 130, "terminate": 143, "worker": 1, "kill": -9}
-    assert run.returncode == expected[how], errors
+    assert code == expected[how], errors
     assert "Traceback" not in errors
     assert how != "worker" or "a worker process died" in errors
-    for _ in range(100):
-        if not any(map(alive, workers)):
-            break
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)))
     left = sorted(os.listdir(tmp_path))
     assert not (tmp_path / "o_text_document.idx").exists()
     assert how == "kill" or left in (["a.jsonl"], ["a.jsonl", "o.partial"]), left
@@ -307,10 +301,7 @@ def test_idle_workers_end_with_a_killed_main_process():
     assert len(workers) == 2 and all(map(alive, workers))
     run.kill()
     run.wait()
-    deadline = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)))
 
 
 def test_inspect_shows_and_verifies(folder, tmp_path):

@@ -24,8 +24,9 @@ from megameta.data.readers import read_blocks
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
+from tests.support.commands import run_command
 
-TOOL = str(Path(__file__).parents[2] / "tools" / "preprocess_data.py")
+TOOL = "tools/preprocess_data.py"
 CORPUS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell all day; the cat slept on, 123 times."] * 20
 
 
@@ -409,11 +410,8 @@ def test_hub_datasets_stream_and_go_on(tokenizer, tmp_path, small_blocks, monkey
 
 
 def test_a_hub_dataset_without_network(tokenizer, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     arguments = ["--hf-dataset", "someone/nothing", "--output-prefix", tmp_path / "o", "--tokenizer", tokenizer]
-    done = subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = run_command(tmp_path, TOOL, *arguments)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "--hf-dataset someone/nothing/train cannot be opened" in done.stderr and "network" in done.stderr
     assert os.listdir(tmp_path) == []
@@ -425,15 +423,15 @@ def test_input_lists(tokenizer, tmp_path):
         (tmp_path / f"{number}.jsonl").write_bytes(lines(rows[number : number + 1]))
     (tmp_path / "all.jsonl").write_bytes(lines(rows))
     (tmp_path / "list").write_text("\n".join(f"{tmp_path}/{number}.jsonl" for number in range(30)) + "\n\n")
-    base = [sys.executable, TOOL, "--tokenizer", tokenizer, "--workers", "1"]
+    base = ["--tokenizer", tokenizer, "--workers", "1"]
     for flags in (["--input-list", tmp_path / "list", "--output-prefix", tmp_path / "o"],
                   ["--input", tmp_path / "all.jsonl", "--output-prefix", tmp_path / "whole"]):  # fmt: skip
-        subprocess.run([*base, *map(str, flags)], check=True, timeout=120)
+        run_command(tmp_path, TOOL, *base, *flags, check=True)
     assert output(tmp_path / "o") == output(tmp_path / "whole")
     for content, words in ((None, "cannot be read"), ("\n", "names no inputs"), ("none.jsonl\n", "no input matches")):
         (tmp_path / "list").unlink(missing_ok=True)
         if content is not None:
             (tmp_path / "list").write_text(content)
         flags = ["--input-list", str(tmp_path / "list"), "--output-prefix", str(tmp_path / "p")]
-        done = subprocess.run([*base, *flags], capture_output=True, text=True, timeout=120)
+        done = run_command(tmp_path, TOOL, *base, *flags)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

@@ -5,11 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hf_cases import make_pair
 
 from megameta.data.dataset import SampleFormat, build_sample
 from megameta.data.samples import Text
 from megameta.hf.collator import MetaTokenCollator
+from tests.support.exports import make_pair
 
 META = 11
 

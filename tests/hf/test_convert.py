@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import BASELINE, small_tokenizer, tensors_of, tokenizer_config
-from model_cases import small_model
 from safetensors.torch import load_file
 
 from megameta.checkpoint import load_weights, save_weights
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
+from tests.support.exports import BASELINE, small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import small_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import BASELINE, CASES, padded_batch, small_tokenizer, tensors_of, tokenizer_config
-from model_cases import case_id, small_config, small_model
 from safetensors.torch import load_file, save_file
 
 from megameta.data.tokenizer import load_tokenizer
@@ -19,6 +17,8 @@ from megameta.hf import export as export_module
 from megameta.hf.export import export_to_hf
 from megameta.hf.importer import import_from_hf
 from megameta.hf.verify import verify_export
+from tests.support.exports import BASELINE, CASES, padded_batch, small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import case_id, small_config, small_model
 
 
 def export_small(directory: Path, dtype: torch.dtype | None = None, **changes):

@@ -1,15 +1,15 @@
 """``generate`` with the meta branch's own cache."""
 
-import oracle
 import pytest
 import torch
-from hf_cases import make_pair, padded_batch
-from model_cases import reference_state
-from test_pruning import forbidden
 from transformers import DynamicCache
 
 from megameta.hf.cache import MegametaCache
 from megameta.model import KeepRule
+from tests.support import oracle
+from tests.support.decoding import forbidden
+from tests.support.exports import make_pair, padded_batch
+from tests.support.models import reference_state
 
 
 def generate(wrapper, ids, mask=None, **arguments):

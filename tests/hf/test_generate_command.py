@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import small_tokenizer, tokenizer_config
-from model_cases import small_model
 
 from megameta.cli import build_parser
 from megameta.errors import UserError
 from megameta.hf.export import export_to_hf
 from megameta.model import GPT
+from tests.support.exports import small_tokenizer, tokenizer_config
+from tests.support.models import small_model
 
 PROMPTS = ["the old man", "the sea<|meta|> and the old man and"]
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import BASELINE, padded_batch, small_tokenizer, tensors_of, tokenizer_config
-from model_cases import assert_close, case_id, covering, small_config, small_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from megameta.errors import UserError
 from megameta.hf.export import export_to_hf
 from megameta.hf.gpt2 import fits_gpt2
 from megameta.hf.importer import import_from_hf
+from tests.support.exports import BASELINE, padded_batch, small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import assert_close, case_id, covering, small_config, small_model
 
 VARIANTS = covering({"bias": [False, True], "tie_embeddings": [True, False], "activation": ["gelu", "gelu_tanh"]})
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hf_cases import small_tokenizer, tokenizer_config
-from model_cases import small_model
 
 from megameta.errors import UserError
 from megameta.hf.export import export_to_hf
 from megameta.hf.insertion import MetaPolicy
 from megameta.hf.load import load_causal_lm
 from megameta.model import GPT
+from tests.support.exports import small_tokenizer, tokenizer_config
+from tests.support.models import small_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megameta[eval]'")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hf_cases import make_pair, padded_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megameta.hf.insertion import MetaPolicy, MetaTokenInserter, segment_ends_of
+from tests.support.exports import make_pair, padded_batch
 
 META, END = 7, 3
 TEXTS = st.lists(st.integers(0, 9), max_size=40)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import BASELINE, tensors_of
-from model_cases import small_config, small_model
 from safetensors.torch import load_file
 
 from megameta.checkpoint import load_weights, save_weights
@@ -18,6 +16,8 @@ from megameta.hf.export import export_to_hf
 from megameta.hf.shards import INDEX_FILE, open_shards
 from megameta.hf.stream import LayerWeights, layers_of
 from megameta.model import GPT
+from tests.support.exports import BASELINE, tensors_of
+from tests.support.models import small_config, small_model
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hf_cases import CASES, make_pair, padded_batch
-from model_cases import assert_close, case_id, make_tokens, small_config
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -11,6 +9,8 @@ from megameta.hf.cache import MegametaCache
 from megameta.hf.configuration import MegametaConfig
 from megameta.model import make_context
 from megameta.model.cache import NOWHERE
+from tests.support.exports import CASES, make_pair, padded_batch
+from tests.support.models import assert_close, case_id, make_tokens, small_config
 
 POSITIONS = ["rope", "ape", "none", "rnope"]
 

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hf_cases import BASELINE, small_tokenizer, tensors_of, tokenizer_config
-from model_cases import small_model
 
 from megameta.checkpoint import load_weights, open_checkpoint, save_weights
 from megameta.commands.evaluate import load_source
@@ -26,6 +22,9 @@ from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
 from megameta.hf.export import export_to_hf
 from megameta.hf.importer import import_from_hf
 from megameta.hf.start import start_values, start_weights
+from tests.support.commands import run_command
+from tests.support.exports import BASELINE, small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import small_model
 
 ROOT = Path(__file__).parents[2]
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -230,10 +229,7 @@ def test_a_tool_says_it_in_one_line(mark: Path, tmp_path: Path) -> None:
     place.mkdir()
     (place / "config.json").write_text('{"model_type": "gpt2"}')
     (place / "pytorch_model.bin").write_bytes(payloads(mark, tmp_path)[1])
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "from-hf", str(place), "--output", "out"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    process = run_command(tmp_path, "tools/convert_checkpoint.py", "from-hf", place, "--output", "out")
     assert process.returncode == 1 and not mark.exists()
     lines = [line for line in process.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "pytorch_model.bin" in lines[0] and "save_pretrained" in lines[0]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import small_tokenizer, tensors_of, tokenizer_config
-from model_cases import small_model
 
 from megameta.checkpoint import TrainerState, write_checkpoint
 from megameta.config import build_config
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
+from tests.support.exports import small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import small_model
 
 
 @pytest.fixture

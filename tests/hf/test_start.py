@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hf_cases import small_tokenizer
-from model_cases import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
@@ -23,6 +21,8 @@ from megameta.hf.start import start_weights
 from megameta.model import GPT, ModelConfig
 from megameta.train.setup import build_model, initial_weights, load_run_config
 from megameta.validate import problems
+from tests.support.exports import small_tokenizer
+from tests.support.models import assert_close
 
 ROWS = 61
 #: Shapes that would show a transposed matrix, heads in the wrong order, or a rotation of the wrong channels.
@@ -328,10 +328,9 @@ def test_a_checkpoint_of_a_source(tmp_path: Path) -> None:
 
 
 def test_an_export_is_a_start_too(tmp_path: Path) -> None:
-    from hf_cases import BASELINE, tensors_of, tokenizer_config
-    from model_cases import small_model
-
     from megameta.hf.export import export_to_hf
+    from tests.support.exports import BASELINE, tensors_of, tokenizer_config
+    from tests.support.models import small_model
 
     tokenizer = small_tokenizer()
     for name, changes in {"meta": {"qk_norm": True, "meta_layers": (0,)}, "gpt2": BASELINE}.items():

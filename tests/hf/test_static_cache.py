@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hf_cases import make_pair, padded_batch
 from transformers import CompileConfig
 
 from megameta.hf.cache import MegametaCache
 from megameta.hf.insertion import MetaPolicy, MetaTokenInserter
 from megameta.model import DecodingCache
 from megameta.model.fixed_cache import ROOM, FixedCache
+from tests.support.exports import make_pair, padded_batch
 
 CASES = [
     {"position": "rope"},

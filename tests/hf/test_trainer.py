@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_cases import small_tokenizer, tensors_of, tokenizer_config
-from model_cases import assert_close, small_model
 from torch import Tensor
 
 from megameta.hf.export import export_to_hf
 from megameta.hf.importer import import_from_hf
 from megameta.model import GPT
+from tests.support.exports import small_tokenizer, tensors_of, tokenizer_config
+from tests.support.models import assert_close, small_model
 
 pytest.importorskip("peft", reason="peft is not installed (pip install -e '.[dev]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install -e '.[dev]')")

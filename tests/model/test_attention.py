@@ -12,11 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import LENGTH, assert_close, make_documents, make_positions, make_tokens, small_config, small_model
 from torch import Tensor
 
 from megameta.model import DecodingCache, Mask, attention
 from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, segment_bounds
+from tests.support.models import (
+    LENGTH,
+    assert_close,
+    make_documents,
+    make_positions,
+    make_tokens,
+    small_config,
+    small_model,
+)
 
 
 class FakeFlash(types.ModuleType):

@@ -4,7 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import (
+
+from megameta.model import DecodingCache
+from megameta.model.cache import NOWHERE
+from tests.support.decoding import CHUNKS, decode
+from tests.support.models import (
     BATCH,
     LENGTH,
     assert_close,
@@ -16,19 +20,8 @@ from model_cases import (
     small_config,
     small_model,
 )
-from torch import Tensor
-
-from megameta.model import GPT, DecodingCache
-from megameta.model.cache import NOWHERE
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-CHUNKS = {
-    "ones": [1] * LENGTH,
-    "whole": [LENGTH],
-    "first_then_ones": [6, *[1] * (LENGTH - 6)],
-    "mixed": [1, 5, 2, 4, 1],
-    "halves": [7, 6],
-}
 OPTIONS: dict[str, list] = {
     "chunks": list(CHUNKS),
     "metas": ["ragged", "none", "one", "all"],
@@ -55,34 +48,6 @@ CONFIG_KEYS = (*SCALED, *CHOSEN, "position", "zero_meta_positions", "num_key_val
 
 COVERING = covering(OPTIONS)
 CASES = [*COVERING, *({**case, **SCALED} for case in COVERING[:4]), *({**case, **CHOSEN} for case in COVERING[4:12])]
-
-
-def decode(
-    model: GPT,
-    token: Tensor,
-    sizes: list[int],
-    cache: DecodingCache,
-    *,
-    position: Tensor | None = None,
-    document: Tensor | None = None,
-    columns: int | None = None,
-) -> Tensor:
-    """Logits of the rows of ``token``, which follow those in the cache, chunk by chunk."""
-    logits, start = [], 0
-    for size in sizes:
-        part = slice(start, start + size)
-        logits.append(
-            model(
-                token[:, part],
-                position_BT=None if position is None else position[:, part],
-                document_BT=None if document is None else document[:, part],
-                num_meta_columns=columns,
-                cache=cache,
-            )
-        )
-        start += size
-    assert start == token.shape[1]
-    return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -6,7 +6,10 @@ compact matrices, and matrix kernels may then sum in another order: 1e-12 of the
 
 import pytest
 import torch
-from model_cases import (
+from torch import Tensor
+
+from megameta.model import GPT, make_context
+from tests.support.models import (
     BATCH,
     LENGTH,
     assert_close,
@@ -16,9 +19,6 @@ from model_cases import (
     small_config,
     small_model,
 )
-from torch import Tensor
-
-from megameta.model import GPT, make_context
 
 META = 11
 

@@ -3,10 +3,10 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import small_config
 from torch import Tensor
 
 from megameta.model import Context, MetaRows, make_context
+from tests.support.models import small_config
 
 META = 11
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import small_config, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megameta.model import GPT, ModelConfig
 from megameta.model.flops import forward_flops
+from tests.support.models import small_config, small_model
 
 
 def counted(model: GPT, batch: int, length: int, num_meta: int, *, backward: bool = False) -> float:

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from model_cases import make_tokens, small_config
 from torch import Tensor, nn
 
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights
 from megameta.model.init import RESIDUAL_PROJECTIONS, draw_parameter, is_vocabulary_table
+from tests.support.models import make_tokens, small_config
 
 
 def count(**changes: object) -> int:

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from model_cases import LENGTH, assert_close, make_tokens, small_config, small_model
 
 from megameta.model import GPT, DecodingCache
+from tests.support.models import LENGTH, assert_close, make_tokens, small_config, small_model
 
 
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 2)])

@@ -3,10 +3,13 @@
 import re
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from model_cases import (
+
+from megameta.model import GPT, ModelConfig, make_context
+from megameta.model.init import is_vocabulary_table
+from tests.support import oracle
+from tests.support.models import (
     BATCH,
     LENGTH,
     assert_close,
@@ -19,9 +22,6 @@ from model_cases import (
     small_config,
     small_model,
 )
-
-from megameta.model import GPT, ModelConfig, make_context
-from megameta.model.init import is_vocabulary_table
 
 OPTIONS: dict[str, list] = {
     "position": ["rope", "ape", "none", "rnope"],

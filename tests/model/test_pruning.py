@@ -3,10 +3,15 @@
 import gc
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from model_cases import (
+from torch import Tensor
+
+from megameta.model import DecodingCache, KeepRule, PruningCache
+from megameta.model.cache import NOWHERE
+from tests.support import oracle
+from tests.support.decoding import CHUNKS, decode, forbidden, kept_rows
+from tests.support.models import (
     BATCH,
     LENGTH,
     assert_close,
@@ -19,11 +24,6 @@ from model_cases import (
     small_config,
     small_model,
 )
-from test_cache import CHUNKS, decode
-from torch import Tensor
-
-from megameta.model import DecodingCache, KeepRule, PruningCache
-from megameta.model.cache import NOWHERE
 
 OPTIONS: dict[str, list] = {
     "chunks": list(CHUNKS),
@@ -44,42 +44,6 @@ CONFIG_KEYS = ("position", "zero_meta_positions", "num_key_value_heads", "parall
 CONFIG_KEYS += ("num_layers", "meta_layers")
 COVERING = covering(OPTIONS)
 CASES = [*COVERING, *({**case, "num_layers": 3, "meta_layers": (0, 2)} for case in COVERING[:6])]
-
-
-def kept_rows(rule: KeepRule, is_meta: Tensor, document: Tensor | None, pinned: Tensor | None = None) -> list[set[int]]:
-    """What one sequence holds while each of its rows is read, that row included: the definition, token by token.
-
-    ``pinned``: rows that stay for ever, in place of the meta-tokens.
-    """
-    stays = is_meta if pinned is None else pinned
-    held: list[int] = []
-    found = []
-    current = None
-    for t in range(len(is_meta)):
-        name = 0 if document is None else int(document[t])
-        if name < 0:
-            found.append({t})  # padding looks at nothing that matters, and is dropped at once
-            continue
-        if name != current:
-            held, current = [], name  # another document: nothing of the one before is looked at again
-            first: list[int] = []
-        first.append(t)
-        held.append(t)
-        newest = first[-rule.window :]
-        held = [s for s in held if s in newest or s in first[: rule.sinks] or bool(stays[s])]
-        found.append(set(held))
-    return found
-
-
-def forbidden(rule: KeepRule, is_meta: Tensor, document: Tensor | None, pinned: Tensor | None = None) -> Tensor:
-    """Rows that each row may not look at: bool (B, T, T)."""
-    mask = torch.ones(*is_meta.shape, is_meta.shape[1], dtype=torch.bool)
-    for row in range(len(is_meta)):
-        part = None if document is None else document[row]
-        held = kept_rows(rule, is_meta[row], part, None if pinned is None else pinned[row])
-        for t, rows in enumerate(held):
-            mask[row, t, sorted(rows)] = False
-    return mask
 
 
 def random_pins(rule: KeepRule, document: Tensor | None) -> Tensor:

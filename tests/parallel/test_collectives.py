@@ -9,10 +9,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 
 from megameta.parallel import collectives
 from megameta.parallel.groups import make_groups
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -4,8 +4,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-from ranks import run_ranks
-from step_cases import observe, step_config
 
 from megameta.config import RunConfig, load_config
 from megameta.errors import UserError
@@ -16,6 +14,8 @@ from megameta.parallel.layout import Layout, stage_blocks, stage_weights, zero_s
 from megameta.parallel.pipeline import Stage
 from megameta.parallel.tensor_parallel import PARTIAL_BY_HEADS, PARTIAL_BY_ROWS, kind_of, shard_dim
 from megameta.parallel.traffic import Transfer
+from tests.support.ranks import run_ranks
+from tests.support.steps import observe, step_config
 
 MODELS = {
     "paper": {},

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from live_tensors import LiveTensors
-from ranks import run_ranks
 
 from megameta.model import ModelConfig, cross_entropy_sum
 from megameta.parallel import fused_loss
 from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import fused_score_function, score_function
+from tests.support.live_tensors import LiveTensors
+from tests.support.ranks import run_ranks
 
 WIDTH, ENTRIES = 24, 301
 

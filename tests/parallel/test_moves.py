@@ -1,9 +1,10 @@
 """Checkpoints between layouts, a fast part (``make test-grid`` has the 8-process ones)."""
 
 import pytest
-from moves import go_on_many, worst_loss
-from parity import Case, make_corpus, reference
-from ranks import run_ranks
+
+from tests.support.layouts import Case, make_corpus, reference
+from tests.support.moves import go_on_many, worst_loss
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,9 +1,10 @@
 """A fast part of the grid (``make test-grid`` is the whole), and proof that its comparison sees broken layouts."""
 
 import pytest
-from mutations import MUTATIONS
-from parity import ALL_ON, Case, compare, compare_bf16, layouts, make_corpus, reference, run_case
-from ranks import run_ranks
+
+from tests.support.layouts import ALL_ON, Case, compare, compare_bf16, layouts, make_corpus, reference, run_case
+from tests.support.mutations import MUTATIONS
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

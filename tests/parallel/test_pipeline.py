@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from model_cases import covering
 from torch.nn.functional import cross_entropy
 
 from megameta.model import GPT, ModelConfig, initialize_weights
@@ -18,6 +17,7 @@ from megameta.parallel.pipeline import (
     stage_bounds,
     unpack_rows,
 )
+from tests.support.models import covering
 
 OPTIONS = {
     "position": ["rope", "ape", "rnope"],

@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from parity import ALL_ON, FACTORS, Case, make_config, make_corpus
-from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_cases import step_loader
 
 from megameta.config import build_config
 from megameta.model import GPT, Block, ModelConfig
 from megameta.parallel.tensor_parallel import TABLE, kind_of, shard_dim, shard_of
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import logical_shapes
+from tests.support.layouts import ALL_ON, FACTORS, Case, make_config, make_corpus
+from tests.support.ranks import run_ranks
+from tests.support.training import step_loader
 
 pytestmark = pytest.mark.timeout(300)
 

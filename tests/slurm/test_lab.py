@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab import Lab, read_logs, why_not
-from test_resume_exact import hashes, records
-from test_run import last_step, latest_step
-from train_cases import tiny_values, write_corpus
 
 from megameta.attempt import how_it_ended, newest_attempt
 from megameta.commands.status import run_status
+from tests.slurm.lab import Lab, read_logs, why_not
+from tests.support.runs import hashes, last_step, latest_step, records
+from tests.support.training import tiny_values, write_corpus
 
 REASON = why_not()
 pytestmark = [

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_cases import tiny_config
 
 from megameta.cli import main
 from megameta.errors import UserError
@@ -18,6 +17,7 @@ from megameta.slurm.fit import fit, fit_exactly, granted
 from megameta.slurm.script import FILES, Options, render
 from megameta.slurm.submit import further_options, job_name, seconds_of
 from megameta.validate import problems
+from tests.support.training import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

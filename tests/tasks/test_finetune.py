@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +25,7 @@ from megameta.tasks.words import WORDS
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.setup import DrawnWeights, build_model
 from megameta.validate import problems
+from tests.support.commands import run_command
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
 
@@ -167,11 +166,8 @@ def run(folder, name, *overrides, processes=1):
     raw = settings(folder, name)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(raw))
-    command = [sys.executable, "-W", "ignore", "-m", "megameta", "finetune", str(path), *overrides]
-    if processes > 1:
-        command += ["--nproc-per-node", str(processes)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    ranks = ("--nproc-per-node", processes) if processes > 1 else ()
+    done = run_command(folder, "megameta", "finetune", path, *overrides, *ranks, check=True)
     records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["loss"] for record in records if "loss" in record}
     evaluations = {record["step"]: record["eval"] for record in records if "eval" in record}

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import RankError, run_ranks
-from test_resume_exact import hashes, records
-from train_cases import tiny_config, write_corpus
 
 from megameta.checkpoint import latest_checkpoint, open_checkpoint
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from tests.support.ranks import RankError, run_ranks
+from tests.support.runs import hashes, records
+from tests.support.training import tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(1800)  # starts of processes, on a machine that may be busy
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from train_cases import META, tiny_config, write_corpus
 
 from megameta.data.dataset import meta_positions
 from megameta.data.indexed import IndexedDataset
@@ -16,6 +15,7 @@ from megameta.parallel.topology import Topology
 from megameta.train.evaluation import Evaluator, PositionResult
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
 from megameta.train.setup import build_model
+from tests.support.training import META, tiny_config, write_corpus
 
 WANTED, TEXT = 11, 28
 

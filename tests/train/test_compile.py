@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 import torch
-from ranks import run_ranks
-from train_cases import oracle_run, step_loader, take_steps, tiny_config, weights_digest, write_corpus
 
 from megameta.errors import UserError
 from megameta.model import GPT
@@ -16,6 +14,8 @@ from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
 from megameta.train.pipeline_engine import make_engine
 from megameta.validate import problems
+from tests.support.ranks import run_ranks
+from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest, write_corpus
 
 STEPS = 4
 

@@ -1,10 +1,10 @@
 """DeepSpeed's dictionary follows from the run's configuration; the pass-through section adds and never contradicts."""
 
 import pytest
-from train_cases import tiny_config
 
 from megameta.errors import UserError
 from megameta.train.deepspeed_config import deepspeed_config
+from tests.support.training import tiny_config
 
 
 def test_derived():

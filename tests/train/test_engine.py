@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_ranks
-from train_cases import (
+
+from megameta.model.init import is_vocabulary_table
+from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
+from megameta.train.pipeline_engine import make_engine
+from megameta.train.setup import build_model
+from tests.support.ranks import run_ranks
+from tests.support.training import (
     VOCABULARY,
     full_state,
     oracle_run,
@@ -18,11 +23,6 @@ from train_cases import (
     weights_digest,
     write_corpus,
 )
-
-from megameta.model.init import is_vocabulary_table
-from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import build_model
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
 

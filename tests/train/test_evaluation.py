@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
-from train_cases import META, VOCABULARY, tiny_config, write_corpus
 
 from megameta.data.dataset import meta_positions
 from megameta.data.indexed import IndexedDataset
@@ -16,6 +14,8 @@ from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator
 from megameta.train.losses import Scores
 from megameta.train.setup import build_model
+from tests.support.ranks import run_ranks
+from tests.support.training import META, VOCABULARY, tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
 

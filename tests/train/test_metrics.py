@@ -6,7 +6,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from train_cases import tiny_config
 
 from megameta.checkpoint import TrainerState
 from megameta.errors import UserError
@@ -14,6 +13,7 @@ from megameta.model.flops import forward_flops
 from megameta.parallel.topology import Topology
 from megameta.train import loop
 from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics, step_flops
+from tests.support.training import tiny_config
 
 
 def write(path, steps, tail=""):

@@ -5,11 +5,11 @@ import os
 from dataclasses import replace
 
 import pytest
-from ranks import run_ranks
-from train_cases import tiny_config
 
 from megameta.errors import UserError
 from megameta.train.preflight import Facts, Needs, judge, remarks, table
+from tests.support.ranks import run_ranks
+from tests.support.training import tiny_config
 
 NEEDS = Needs(disk=10**9, free_share=0.9)
 

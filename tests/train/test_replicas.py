@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from ranks import run_ranks
-from train_cases import tiny_config, write_corpus
 
 from megameta.errors import UserError
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import check_replicas, checksum, differing_replicas
+from tests.support.ranks import run_ranks
+from tests.support.training import tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -3,24 +3,20 @@
 In fresh processes but without the command line (test_run.py has that): many runs in one process save their starts.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from ranks import run_ranks
-from train_cases import tiny_config, write_corpus
 
 from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK
+from tests.support.ranks import run_ranks
+from tests.support.runs import hashes, records
+from tests.support.training import tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
 
 STAGES = (0, 1, 2, 3)
 STEPS = 10
-#: What a step writes into metrics.jsonl apart from times.
-EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "targets", "batch")
 
 
 def run_until(config: RunConfig, topology, stop_at: int | None) -> tuple[int, list[list[int]]]:
@@ -44,18 +40,6 @@ def run_until(config: RunConfig, topology, stop_at: int | None) -> tuple[int, li
     code = trainer.run()
     trainer.engine.destroy()
     return code, seen
-
-
-def records(directory: str | Path) -> list[dict]:
-    """Lines of metrics.jsonl without times."""
-    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    return [line if "eval" in line else {key: line[key] for key in EXACT} for line in lines]
-
-
-def hashes(directory: str | Path) -> dict[str, str]:
-    """SHA-256 of the tensors in the latest checkpoint."""
-    manifest = json.loads((open_checkpoint(directory).path / "manifest.json").read_text())
-    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
 
 
 def _all_stages(topology, corpus, root):

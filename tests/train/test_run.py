@@ -1,19 +1,17 @@
 """``megameta train`` as a person starts it: processes, signals, exit codes, messages."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from test_resume_exact import hashes, records
-from train_cases import tiny_values, write_corpus
+
+from tests.support.commands import Command, one_error, run_command
+from tests.support.runs import checkpoints, hashes, last_step, latest_step, records
+from tests.support.training import tiny_values, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)  # starts of processes, on a machine that may be busy
@@ -22,63 +20,12 @@ pytestmark = pytest.mark.timeout(600)  # starts of processes, on a machine that 
 STEPS, INTERVAL = 110, 20
 
 
-class Started:
-    """A ``megameta`` command in the background."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        self.folder = folder
-        self.error_file = folder / f"stderr-{time.monotonic_ns()}"
-        with self.error_file.open("w") as errors:
-            command = [sys.executable, "-m", "megameta", *arguments]
-            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=errors, stderr=errors)
-
-    def wait(self, timeout: float = 150) -> int:
-        try:
-            return self.process.wait(timeout)
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        """Kill what is left of it, by pid."""
-        try:
-            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-        except psutil.NoSuchProcess:
-            family = []
-        for member in family:
-            member.kill()
-        self.process.wait()
-
-    @property
-    def said(self) -> str:
-        return self.error_file.read_text()
-
-    def wait_for_step(self, run: str, step: int, timeout: float = 150) -> None:
-        end = time.monotonic() + timeout
-        while last_step(self.folder / run) < step:
-            assert self.process.poll() is None, f"ended with {self.process.returncode} before step {step}: {self.said}"
-            assert time.monotonic() < end, f"step {step} was not reached: {self.said}"
-            time.sleep(0.01)
-
-
-def last_step(directory: Path) -> int:
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # being written
-            continue
-    return 0
-
-
 @pytest.fixture
 def start(place):
     started = []
 
     def begin(*arguments):
-        started.append(Started(place, *arguments))
+        started.append(Command(place, "megameta", *arguments))
         return started[-1]
 
     yield begin
@@ -102,24 +49,9 @@ def place(tmp_path_factory):
         log__interval=50,
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    whole = Started(folder, "train", "run.yaml", "run.dir=whole", "log.tensorboard=true", "train.peak_tflops=")
-    assert whole.wait() == 0, whole.said
+    overrides = ("run.dir=whole", "log.tensorboard=true", "train.peak_tflops=")
+    run_command(folder, "megameta", "train", "run.yaml", *overrides, check=True)
     return folder
-
-
-def checkpoints(directory: Path) -> list[str]:
-    return sorted(p.name for p in (directory / "checkpoints").iterdir())
-
-
-def latest_step(directory: Path) -> int:
-    return int((directory / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
-
-
-def one_error(said: str) -> str:
-    """The message of a command that failed: said once, without a stack trace."""
-    assert "Traceback" not in said, said
-    assert said.count("error: ") == 1, said
-    return said[said.index("error: ") :]
 
 
 def test_what_a_run_leaves(place):
@@ -146,13 +78,13 @@ def test_signals_and_a_kill_then_the_same_numbers(place, start):
     cut = place / "cut"
     command = start("train", "run.yaml", "run.dir=cut")
     command.wait_for_step("cut", 7)
-    command.process.terminate()
+    command.send_signal(signal.SIGTERM)
     assert command.wait() == 75, command.said
     assert 7 <= latest_step(cut) == last_step(cut) < STEPS
     assert "start it again to go on" in command.said
     command = start("train", "run.yaml", "run.dir=cut")
     command.wait_for_step("cut", 66)
-    command.process.kill()
+    command.send_signal(signal.SIGKILL)
     command.wait()
     saved = latest_step(cut)
     assert saved % INTERVAL == 0 and saved >= 60
@@ -173,9 +105,9 @@ def test_signals_and_a_kill_then_the_same_numbers(place, start):
 def test_two_processes_stop_together_and_go_on(place, start):
     pair = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")
     pair.wait_for_step("pair", 25)
-    ranks = psutil.Process(pair.process.pid).children()
+    ranks = psutil.Process(pair.pid).children()
     assert len(ranks) == 2
-    pair.process.terminate()
+    pair.send_signal(signal.SIGTERM)
     assert pair.wait() == 75, pair.said
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     again = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")
@@ -196,7 +128,7 @@ def test_a_directory_in_use_is_refused_and_a_changed_key_too(place, start):
     second = start("train", "run.yaml", "run.dir=busy", "train.num_steps=100000")
     assert second.wait() == 1
     assert "busy: another run is using this directory" in one_error(second.said)
-    first.process.send_signal(signal.SIGUSR1)
+    first.send_signal(signal.SIGUSR1)
     assert first.wait() == 75, first.said
     changed = start("train", "run.yaml", "run.dir=busy", "optimizer.lr=0.5", "model.num_layers=3", "train.num_steps=9")
     assert changed.wait() == 1

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from ranks import run_ranks
-from train_cases import META, step_loader, training_set, write_corpus
 
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import initial_weights, load_run_config
+from tests.support.ranks import run_ranks
+from tests.support.training import META, step_loader, training_set, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # starts of processes, on a machine that may be busy
 

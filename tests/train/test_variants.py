@@ -1,10 +1,10 @@
 """Every variant of the paper by configuration alone: each trains as a plain float64 loop does."""
 
 import pytest
-from ranks import run_ranks
-from train_cases import oracle_run, step_loader, take_steps, tiny_config, write_corpus
 
 from megameta.train.pipeline_engine import make_engine
+from tests.support.ranks import run_ranks
+from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, write_corpus
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from megameta.attempt import claim, how_it_ended
 from megameta.errors import EXIT_LOST
@@ -17,6 +16,7 @@ from megameta.parallel.topology import Topology
 from megameta.train import monitor as monitors
 from megameta.train.heartbeat import Heartbeat, SlowRanks, read_heartbeat
 from megameta.train.monitor import Monitor
+from tests.support.ranks import run_ranks
 
 #: Seconds of silence in these tests; threads of a busy machine pause for a while.
 LIMIT = 4.0

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from model_cases import covering, small_config, small_model
 from torch import Tensor
 
 from megameta.data.tokenizer import FastTokenizer
@@ -11,6 +10,7 @@ from megameta.hf.configuration import MegametaConfig
 from megameta.hf.modeling import MegametaForCausalLM
 from megameta.hf.names import to_hf_name
 from megameta.model import GPT, ModelConfig
+from tests.support.models import covering, small_config, small_model
 
 #: Every pair of these options occurs in one of the cases.
 CASES = covering(

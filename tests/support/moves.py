@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import STEPS, Case, make_config, relative
-from train_cases import step_loader
 
 from megameta.checkpoint import TrainerState, open_checkpoint, save_distributed
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
+from tests.support.layouts import STEPS, Case, make_config, relative
+from tests.support.training import step_loader
 
 #: Where the chain starts, and where it goes: (TP, PP, DP, ZeRO).
 START = Case(2, 2, 2, 1)

@@ -1,22 +1,21 @@
 """A tiny trained model, and what attention and residuals are in it, in float64 from the dense oracle of tests/model."""
 
 import math
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import oracle
 import torch
 import yaml
 from torch import Tensor
-from train_cases import tiny_values, write_corpus
 
 from megameta.analysis.subject import Subject
 from megameta.commands.analyze import load_subject
+from tests.support import oracle
+from tests.support.commands import run_command
+from tests.support.training import tiny_values, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HEADS, SAMPLES = 3, 4, 6
@@ -24,10 +23,7 @@ LAYERS, HEADS, SAMPLES = 3, 4, 6
 
 def run_megameta(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A ``megameta`` command to its end."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "megameta", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    return run_command(folder, "megameta", *arguments)
 
 
 def train_tiny(folder: Path) -> Path:

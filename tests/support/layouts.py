@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from train_cases import full_state, oracle_run, step_loader, take_steps, write_corpus
 
 from megameta.config import RunConfig, build_config
 from megameta.parallel.tensor_parallel import shard_dim
@@ -25,6 +24,7 @@ from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import differing_replicas
 from megameta.train.setup import build_model, logical_shapes
 from megameta.validate import validate
+from tests.support.training import full_state, oracle_run, step_loader, take_steps, write_corpus
 
 STEPS = 20
 LENGTH, VOCABULARY, META = 32, 950, 949

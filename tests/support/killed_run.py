@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from test_resume_exact import hashes, records
-from test_run import last_step
 
 from megameta.checkpoint import latest_checkpoint, open_checkpoint
 from megameta.errors import UserError
+from tests.support.runs import hashes, last_step, records
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, KEEP = 2, 2

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from killed_run import KEEP, RANKS, Run
-from test_run import last_step
-from train_cases import tiny_values, write_corpus
 
 from megameta.parallel.launch import GRACE_SECONDS
 from megameta.train.display import duration
+from tests.support.killed_run import KEEP, RANKS, Run
+from tests.support.runs import last_step
+from tests.support.training import tiny_values, write_corpus
 
 #: What a kill hits, and how often: the launcher and all ranks at once, or one rank, whose launcher ends the others.
 TARGETS = {"everything": 0.5, "rank 0": 0.25, "rank 1": 0.25}

@@ -1,21 +1,28 @@
-"""Start a few ranks on this machine, collect what each returns or how it failed, and never hang or leave one behind."""
+"""Start a few ranks on this machine, collect what each returns or how it failed, and never hang or leave one behind.
+
+Every call gets processes that nothing has touched: DeepSpeed patches torch's functions, keeps groups and counters in
+modules, and starts threads, and none of that is undone when an engine is destroyed. A fork costs less than a reset.
+"""
 
 import contextlib
-import ctypes
-import multiprocessing
+import itertools
 import os
 import pickle
-import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tests.support.server import FIXED, fork_process
+
 #: Seconds that the other ranks get to report once one has failed; they often wait for the one that is gone.
-GRACE_SECONDS = 5.0
-_FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+GRACE_SECONDS = 60.0
+#: Below the ports that the kernel hands out by itself, so that no connection of another process takes one meanwhile.
+_PORTS = itertools.cycle(range(20000 + os.getpid() % 100 * 100, 20000 + os.getpid() % 100 * 100 + 100))
 
 
 class RankError(AssertionError):
@@ -26,34 +33,30 @@ class RankError(AssertionError):
         super().__init__("\n".join(f"--- rank {rank}: {text}" for rank, text in sorted(failures.items())))
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 1200) -> list[Any]:
     """Call ``function(topology, *args)`` on every rank of a gloo group of fresh processes; their results by rank.
 
-    The function and its arguments are pickled: a function at the top level of a test module.
+    The function and its arguments are pickled: a function at the top level of a test module. ``timeout`` is a limit
+    against hanging, not a claim about speed.
 
     Raises:
         RankError: an exception (with its traceback), a death or a hang, by rank. All processes have ended by then.
     """
-    from megameta.parallel.launch import free_port
-
-    context = multiprocessing.get_context("spawn")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
     processes, pipes = [], []
     deadline = time.monotonic() + timeout
     try:
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(theirs, function, args, rank, world_size), daemon=True)
-            # A spawned process reads its environment before our code runs in it, and torch its thread count with that.
-            with _environment({**_FIXED, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}):
-                process.start()
+            ours, theirs = Pipe(duplex=False)
+            environment = {**os.environ, **FIXED, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            words = (theirs, function, args, rank, world_size)
+            processes.append(fork_process(_rank, *words, environment=environment))
             theirs.close()
-            processes.append(process)
             pipes.append(ours)
         return _collect(processes, pipes, deadline, timeout)
     finally:
         for process in processes:
-            process.join(timeout=2.0 if sys.exc_info()[0] is None else 0.0)
+            process.join(timeout=20.0 if sys.exc_info()[0] is None else 0.0)
             if process.is_alive():
                 process.kill()
             process.join()
@@ -61,7 +64,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             pipe.close()
 
 
-def _collect(processes: list[Any], pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
+def _free_port() -> int:
+    for port in itertools.islice(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port for a test's ranks")
+
+
+def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting = dict(zip(pipes, range(len(pipes))))
@@ -71,7 +83,7 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float, tim
             try:
                 succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                processes[rank].join(timeout=2.0)
+                processes[rank].join()
                 succeeded, value = False, f"ended with code {processes[rank].exitcode} and no result"
             (results if succeeded else failures)[rank] = value
             if not succeeded:
@@ -85,8 +97,6 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float, tim
 
 
 def _rank(pipe: Connection, function: Callable[..., Any], args: tuple, rank: int, world_size: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # die with the test process, however that ends (Linux)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     try:
         import torch
         import torch.distributed as dist
@@ -111,17 +121,3 @@ def _rank(pipe: Connection, function: Callable[..., Any], args: tuple, rank: int
 def _send(pipe: Connection, succeeded: bool, value: Any) -> None:
     # Pickled plainly: Connection.send would pass tensors as shared memory that goes with its process.
     pipe.send_bytes(pickle.dumps((succeeded, value)))
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from live_tensors import LiveTensors, SavedTensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from megameta.config import RunConfig, build_config
 from megameta.data.loader import Batch
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
+from tests.support.live_tensors import LiveTensors, SavedTensors
 
 VOCABULARY = 700
 #: Norms, loss sums and flags: not part of the estimate.

@@ -1,0 +1,248 @@
+"""Commands as a person starts them: argv, working directory, environment, pid, signals, exit code, captured streams.
+
+They are forked from the tests' server (``server.py``) in place of starting an interpreter, and so are the ranks that
+``--nproc-per-node`` starts. Not for a test whose subject is that start: imports, early signals, the launcher, variables
+that libraries read while they are imported, what works where megameta is not installed. Those call ``true_process``.
+"""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from tests.support.runs import last_step
+from tests.support.server import FIXED, ROOT, fork_process, leave
+from tests.support.waiting import wait_until
+
+#: A limit against hanging, in seconds; everything here takes less than a tenth of it on an idle machine.
+TIMEOUT = 1200.0
+#: What a launcher, a test runner or SLURM would pass on to a command that a person did not start under them.
+_NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
+
+
+def plain_environment(**changes: str) -> dict[str, str]:
+    """This process's variables without those of launchers, on CPUs, with megameta to be imported from here."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    return {**kept, **FIXED, "PYTHONPATH": str(ROOT), **changes}
+
+
+@cache
+def _folder_of_streams() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="megameta-tests-")  # removed when the interpreter ends
+
+
+class Command:
+    """A command in the background: ``Command(folder, "megameta", "train", …)``, ``Command(folder, "tools/x.py", …)``.
+
+    Args:
+        folder: the working directory.
+        program: ``megameta``, or a script's path from the root of the repository.
+        session: whether it leads a session, and so a group of processes, of its own.
+    """
+
+    _started = 0
+
+    def __init__(
+        self,
+        folder: Path,
+        program: str,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        session: bool = False,
+    ) -> None:
+        Command._started += 1
+        self.folder = folder
+        self.arguments = [program, *map(str, arguments)]
+        self.output, self.errors = (
+            Path(_folder_of_streams().name) / f"{Command._started}-{stream}" for stream in ("stdout", "stderr")
+        )
+        for file in (self.output, self.errors):
+            file.touch()
+        words = (self.arguments, str(folder), str(self.output), str(self.errors), session)
+        environment = plain_environment() if environment is None else environment
+        self.process = fork_process(_run, *words, environment=environment)
+        self.pid: int = self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """The exit code. A command that does not end in time is killed, with all that it has started.
+
+        Raises:
+            subprocess.TimeoutExpired: that.
+        """
+        self.process.join(timeout)
+        code = self.poll()
+        if code is None:
+            self.end()
+            raise subprocess.TimeoutExpired(self.arguments, timeout, self.said)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def end(self) -> None:
+        """Kill what is left of it, by pid."""
+        if self.poll() is None:
+            try:
+                family = [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]
+            except psutil.NoSuchProcess:
+                family = []
+            for member in family:
+                member.kill()
+        self.process.join()
+
+    @property
+    def stdout(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text(errors="replace")
+
+    @property
+    def said(self) -> str:
+        """Both streams, the errors last."""
+        return self.stdout + self.stderr
+
+    def wait_for_step(self, run: str, step: int, timeout: float = TIMEOUT) -> None:
+        """Until the run directory's metrics hold this step."""
+        wait_until(lambda: last_step(self.folder / run) >= step, unless=self._how_it_ended, limit=timeout)
+
+    def _how_it_ended(self) -> str | None:
+        return None if self.poll() is None else f"code {self.poll()}: {self.said}"
+
+
+def run_command(
+    folder: Path,
+    program: str,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    check: bool = False,
+    timeout: float = TIMEOUT,
+) -> subprocess.CompletedProcess[str]:
+    """A command to its end: its code and what it printed. ``check``: fail where the code is not 0."""
+    command = Command(folder, program, *arguments, environment=environment)
+    code = command.wait(timeout)
+    done = subprocess.CompletedProcess(command.arguments, code, command.stdout, command.stderr)
+    assert not check or code == 0, done
+    return done
+
+
+def true_process(
+    *words: object,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = TIMEOUT,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a new process that shares nothing with this one: its code and what it printed."""
+    environment = plain_environment() if environment is None else environment
+    return subprocess.run(
+        [*map(str, words)],
+        cwd=folder,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def one_error(said: str) -> str:
+    """The message of a command that failed: said once, without a stack trace."""
+    assert "Traceback" not in said, said
+    assert said.count("error: ") == 1, said
+    return said[said.index("error: ") :]
+
+
+# --- in the forked process ----------------------------------------------------------------------------------------
+
+
+def _run(arguments: Sequence[str], folder: str, output: str, errors: str, session: bool) -> None:
+    if session:
+        os.setsid()
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
+        opened = os.open(path, mode | (os.O_APPEND if number else 0))
+        os.dup2(opened, number)
+        os.close(opened)
+    os.chdir(folder)
+    leave(_main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    """As ``python -m megameta …`` or ``python tools/x.py …``; the exit code."""
+    from megameta.parallel import launch
+
+    launch.subprocess = _Forking  # the ranks of --nproc-per-node
+    program, *_ = sys.argv = list(arguments)
+    try:
+        if program == "megameta":
+            runpy.run_module("megameta", run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[0] = str(ROOT / program)
+            sys.path.insert(0, str((ROOT / program).parent))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+class _Rank:
+    """What ``launch_local`` uses of ``subprocess.Popen``, for ``python -m megameta ARGUMENTS``, by a fork."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        assert list(command[:3]) == [sys.executable, "-m", "megameta"], command
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.clear()
+            os.environ.update(env)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            leave(_main(["megameta", *command[3:]]))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Forking:
+    """In place of the module ``subprocess`` in ``megameta.parallel.launch``."""
+
+    Popen = _Rank
