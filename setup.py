@@ -41,6 +41,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "coverage>=7.10",
             "hypothesis>=6.100",
             "accelerate>=1.1",
             "peft>=0.17",

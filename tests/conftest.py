@@ -1,11 +1,38 @@
-"""What holds for the whole suite: one kit (``tests/support``), one thread of torch, no network."""
+"""What holds for the whole suite: one kit (``tests/support``), one thread of torch, no network, heavy files first."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
 
+from tests.support.server import start as start_server
+
+STARTERS = ("tests.support.ranks", "tests.support.commands", "tests.support.server")
+SCENARIOS = Path(__file__).parent / "scenarios"
+
 pytest.register_assert_rewrite("tests.support")
 torch.set_num_threads(1)  # the shapes are tiny: one is faster than several, and leaves the cores to other tests
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the scenarios; put files that start processes first, so that no long one is left to a single worker."""
+    for item in items:
+        if SCENARIOS in item.path.parents:
+            item.add_marker(pytest.mark.scenario)
+    items.sort(key=lambda item: not _starts_processes(item))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the server of processes do its imports while the first tests run."""
+    if any(map(_starts_processes, session.items)) and not session.config.option.collectonly:
+        start_server()
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether the test's module takes something from the parts of the kit that start processes."""
+    taken = {getattr(value, "__module__", None) for value in vars(getattr(item, "module", None) or object).values()}
+    return not taken.isdisjoint(STARTERS)

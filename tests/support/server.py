@@ -32,14 +32,14 @@ def fork_process(function: Callable[..., Any], *args: Any, environment: Mapping[
 
     Function and arguments are pickled: a function at the top level of a module. It ends by SIGKILL with the server.
     """
-    process = _context().Process(target=_enter, args=(function, args, dict(environment)))
+    process = start().Process(target=_enter, args=(function, args, dict(environment)))
     process.start()
     return process
 
 
 @cache
-def _context() -> ForkServerContext:
-    """The running server's context."""
+def start() -> ForkServerContext:
+    """Start the server, which then imports by itself, if there is none yet; its context."""
     context = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload([PRELOAD])
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))

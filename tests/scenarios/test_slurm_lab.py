@@ -15,7 +15,7 @@ import yaml
 
 from megameta.attempt import how_it_ended, newest_attempt
 from megameta.commands.status import run_status
-from tests.slurm.lab import Lab, read_logs, why_not
+from tests.scenarios.lab import Lab, read_logs, why_not
 from tests.support.runs import hashes, last_step, latest_step, records
 from tests.support.training import tiny_values, write_corpus
 
