@@ -19,11 +19,13 @@ pip_settings() {
         if "$python" -m pip --version >/dev/null 2>&1; then
             "$python" -m pip config list | "$python" -c '
 import ast, sys
+found = {}
 for line in sys.stdin:
     name, value = line.rstrip("\n").split("=", 1)
     section, key = name.rsplit(".", 1)
-    if section in ("global", "install", ":env:"):  # in the order of their precedence
-        print("PIP_" + key.upper().replace("-", "_") + "=" + " ".join(ast.literal_eval(value).split()))'
+    found[section, key.upper().replace("-", "_")] = " ".join(ast.literal_eval(value).split())
+settings = {k: v for wanted in ("global", "install", ":env:") for (section, k), v in found.items() if section == wanted}
+print(*(f"PIP_{key}={value}" for key, value in settings.items()), sep="\n")'
             return
         fi
     done
@@ -48,6 +50,7 @@ if [ "${1:-}" = inside ]; then
             [[ $path == /* && -e $path ]] || continue
             # An index of links lies beside the files that it links to: the directory above has both.
             if [[ $word == file://* ]]; then path=$(dirname "$path"); fi
+            if mountpoint -q "$root$path" || [ "$path" = / ]; then continue; fi
             if [ -d "$path" ]; then
                 mkdir -p "$root$path"
             else
