@@ -27,7 +27,7 @@ def missing_compiler() -> str | None:
     compiler = os.environ.get("CXX", "g++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if shutil.which(compiler) is None:
-        return f"a C++ compiler is needed, and there is no {compiler}: apt install g++, or name another in CXX"
+        return f"a C++ compiler is needed, and there is no {compiler}: apt install g++ python3-dev, or set CXX"
     if not header.is_file():
         return f"Python's headers are needed, and there is no {header}: apt install python3-dev"
     return None

@@ -73,7 +73,7 @@ def test_compiled_by_the_machine_s_compiler(corpus):
 
 def test_without_a_compiler_there_is_one_message(monkeypatch, corpus):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"no no-such-compiler: apt install g\+\+.*set train.compile=none"):
+    with pytest.raises(UserError, match=r"no no-such-compiler: apt install g\+\+ python3-dev.*set train.compile=none"):
         compiling.compile_blocks(GPT(tiny_config(corpus).model), "cpu")
 
 
