@@ -31,9 +31,21 @@ print(*(f"PIP_{key}={value}" for key, value in settings.items()), sep="\n")'
     done
 }
 
-# The second half, in namespaces of its own: mounts, then the target. $1 is the root directory of the bare system.
+# The second half, in namespaces of its own: ROOT PACKAGES [MIRROR] makes the system, mounts what a machine has, and runs
+# the target.
 if [ "${1:-}" = inside ]; then
     root=$2
+    echo "making a Debian 12 with ${3//,/, } (2 minutes)"
+    if ! debootstrap --variant=minbase --include="$3" bookworm "$root" ${4:+"$4"} >"$root.log" 2>&1; then
+        tail -5 "$root.log" >&2
+        echo "error: make bare: debootstrap failed" >&2
+        exit 1
+    fi
+    git clone -q --depth 1 "file://$here" "$root/root/megameta"
+    echo "make ${TARGET:-test} in it, commit $(git -C "$root/root/megameta" rev-parse --short HEAD)"
+    if [ -n "$(git -C "$here" status --porcelain)" ]; then
+        echo "what is not committed is left out"
+    fi
     mount --rbind /dev "$root/dev"
     mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
     mount --rbind /sys "$root/sys"
@@ -72,7 +84,7 @@ fail() {
 }
 [ "$(id -u)" = 0 ] || fail "it needs root, to make a system and mount things in it"
 command -v debootstrap >/dev/null || fail "debootstrap is missing: apt install debootstrap"
-namespaces=(unshare --mount --propagation private --pid --fork --kill-child)
+namespaces=(unshare --mount --propagation private --pid --fork --kill-child --mount-proc)
 "${namespaces[@]}" true || fail "this machine makes no namespaces (unshare fails)"
 
 # What README.md asks for, in its own words: "apt install …" in its first lines.
@@ -97,18 +109,7 @@ trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 chmod 755 "$system"
 
-if [ -n "$(git -C "$here" status --porcelain)" ]; then
-    echo "make bare: what is not committed is left out"
-fi
-echo "making a Debian 12 with ${packages//,/, } (2 minutes)"
-if ! debootstrap --variant=minbase --include="${packages%,}" bookworm "$system" ${mirror:+"$mirror"} \
-    >"$system.log" 2>&1; then
-    tail -5 "$system.log" >&2
-    fail "debootstrap failed"
-fi
-git clone -q --depth 1 "file://$here" "$system/root/megameta"
-echo "make ${TARGET:-test} in it, commit $(git -C "$system/root/megameta" rev-parse --short HEAD)"
-"${namespaces[@]}" "$here/tests/bare.sh" inside "$system" &
+"${namespaces[@]}" "$here/tests/bare.sh" inside "$system" "${packages%,}" ${mirror:+"$mirror"} &
 child=$!
 status=0
 wait "$child" || status=$?
