@@ -1,4 +1,5 @@
-# Every target does its own set-up: it needs Python 3.11 or 3.12, git, make and a compiler, and makes .venv itself.
+# Every target does its own set-up: it needs Python 3.11 or 3.12 with venv, and makes .venv itself.
+# Nothing is compiled: a C++ compiler is optional (README.md), and tests that need one are skipped where there is none.
 # PYTHON=/path/to/python chooses the interpreter; CONSTRAINTS= installs the newest versions in place of the tested ones.
 
 VENV := .venv
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-grid torture check bench clean
+.PHONY: help quickstart test test-grid torture check bench bare clean
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
@@ -21,6 +22,7 @@ help:
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
 	@echo "make check       ruff, its formatter, mypy"
 	@echo "make bench       small ratios against stored ones: branch, peers, decoding, data (10 minutes); exit code 1: one is slower"
+	@echo "make bare        as root, with debootstrap: make test on a Debian 12 with only what README.md asks for; EXTRA=..., TARGET=..."
 	@echo "make clean       remove .venv, caches and quickstart/"
 	@echo "Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter, ARGS=... adds options to the command."
 
@@ -46,6 +48,10 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/guard.py $(ARGS)
 
+# ARGS, EXTRA and TARGET of the command line are in its environment.
+bare:
+	@tests/bare.sh
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info quickstart
 
@@ -56,11 +62,11 @@ $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS)
 		then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "error: Python 3.11 or 3.12 is needed; missing or another version:" \
-			"$(or $(PYTHON),python3.11 python3.12 python3). Say which with make PYTHON=/path/to/python" >&2; exit 1; \
+		echo "error: Python 3.11 or 3.12 is needed; missing or another version: $(or $(PYTHON),python3.11 python3.12 python3)." \
+			"On Debian 12 and Ubuntu 24.04: apt install git make python3-venv; elsewhere make PYTHON=/path/to/python" >&2; exit 1; \
 	fi; \
 	if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
-		echo "error: $$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+		echo "error: $$python cannot make virtual environments. On Debian and Ubuntu: apt install $${python##*/}-venv" >&2; exit 1; \
 	fi; \
 	echo "installing into $(VENV) (2 to 4 minutes; again only when setup.py or constraints.txt change)"; \
 	$$python -m venv $(VENV)

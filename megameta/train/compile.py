@@ -3,8 +3,10 @@
 import contextlib
 import os
 import shutil
+import sysconfig
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +19,20 @@ from megameta.model import Block
 BACKEND = "inductor"
 
 
+def missing_compiler() -> str | None:
+    """What torch.compile's own backend lacks on this machine to make code for a CPU, and the remedy; None: nothing.
+
+    It is a C++ compiler (torch's choice: CXX, else g++) and Python's headers, which the code that it makes includes.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler is needed, and there is no {compiler}: apt install g++ python3-dev, or set CXX"
+    if not header.is_file():
+        return f"Python's headers are needed, and there is no {header}: apt install python3-dev"
+    return None
+
+
 def compile_blocks(model: nn.Module, device_type: str, *, partitioned: bool = False) -> None:
     """Make every block of a GPT or stage run compiled, in place, before DeepSpeed sees it; the first passes compile.
 
@@ -27,14 +43,10 @@ def compile_blocks(model: nn.Module, device_type: str, *, partitioned: bool = Fa
         partitioned: ZeRO 3, whose hooks gather parameters: those of a whole block at once, outside the compiled code.
 
     Raises:
-        UserError: on a CPU without a C++ compiler.
+        UserError: on a CPU without a C++ compiler or Python's headers.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if device_type == "cpu" and BACKEND == "inductor" and shutil.which(compiler) is None:
-        raise UserError(
-            f"train.compile=blocks needs a C++ compiler, and there is no {compiler}: install g++ or name another in the"
-            " environment variable CXX, or set train.compile=none"
-        )
+    if device_type == "cpu" and BACKEND == "inductor" and (missing := missing_compiler()):
+        raise UserError(f"train.compile=blocks: {missing}; or set train.compile=none")
     if partitioned:
         from deepspeed.utils import set_z3_leaf_modules
 

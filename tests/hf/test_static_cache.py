@@ -11,6 +11,7 @@ from megameta.hf.insertion import MetaPolicy, MetaTokenInserter
 from megameta.model import DecodingCache
 from megameta.model.fixed_cache import ROOM, FixedCache
 from tests.support.exports import make_pair, padded_batch
+from tests.support.needs import needs_cxx
 
 CASES = [
     {"position": "rope"},
@@ -157,7 +158,9 @@ def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
     )
 
 
+@needs_cxx
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_with_the_compilers_own_kernels() -> None:
     config, wrapper = writing_metas()

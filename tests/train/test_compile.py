@@ -4,6 +4,7 @@ That each layout trains the same compiled is tested in tests/parallel/test_parit
 """
 
 import shutil
+import sysconfig
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
 from megameta.train.pipeline_engine import make_engine
 from megameta.validate import problems
+from tests.support.needs import needs_cxx
 from tests.support.ranks import run_ranks
 from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest, write_corpus
 
@@ -53,6 +55,7 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
 
 
+@needs_cxx
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled_by_the_machine_s_compiler(corpus):
@@ -69,8 +72,15 @@ def test_compiled_by_the_machine_s_compiler(corpus):
 
 
 def test_without_a_compiler_there_is_one_message(monkeypatch, corpus):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler.*set train.compile=none"):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no no-such-compiler: apt install g\+\+ python3-dev.*set train.compile=none"):
+        compiling.compile_blocks(GPT(tiny_config(corpus).model), "cpu")
+
+
+def test_without_headers_there_is_one_message(monkeypatch, corpus, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"Python's headers.*apt install python3-dev; or set train.compile=none"):
         compiling.compile_blocks(GPT(tiny_config(corpus).model), "cpu")
 
 
