@@ -166,7 +166,6 @@ def wait_for_commit(run, journal):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_killed_at_random_moments(tokenizer, tmp_path, name):
     data = lines(documents(40_000))  # some 14 MB, 14 blocks

@@ -261,7 +261,6 @@ def _allocated_in_a_step(config: RunConfig, layout: Layout, stage: StageEstimate
     return gathered + memory.activations + memory.workspace - bucket
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if c in QUICK else (pytest.mark.slow, pytest.mark.grid)) for c in LAYOUTS]
 )
@@ -272,7 +271,7 @@ def test_steps_on_gloo(case: str) -> None:
     layout = Layout.of(config, world_size)
     stages = estimate(config, layout)
     per_micro_batch = activations(config, layout)
-    steps = run_ranks(observe, world_size, config, timeout=400)
+    steps = run_ranks(observe, world_size, config)
     for rank, step in enumerate(steps):
         stage = stages[rank // (layout.data * layout.tensor)]
         assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"

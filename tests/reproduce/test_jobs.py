@@ -13,8 +13,6 @@ import pytest
 from megameta.errors import UserError
 from megameta.reproduce.jobs import Job, JobRunner, Stopped, fingerprints
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def job(root: Path, name: str, code: str, *needs: str, inputs: object = None) -> Job:
     """Runs code, in which OUT is the job's output and LOG appends a word to a common file."""

@@ -22,7 +22,6 @@ from tests.support.training import tiny_values, write_corpus
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
 

@@ -20,8 +20,6 @@ from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import hashes, records
 from tests.support.training import tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(1800)  # starts of processes, on a machine that may be busy
-
 STEPS = 6
 TIMEOUT = 800
 
@@ -138,7 +136,7 @@ def _disk_fails(topology, corpus, root):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
-    return root, run_ranks(_two_ranks, 2, write_corpus(root / "corpus"), str(root), timeout=TIMEOUT)
+    return root, run_ranks(_two_ranks, 2, write_corpus(root / "corpus"), str(root))
 
 
 def test_the_same_checkpoints_as_without(two):
@@ -208,12 +206,12 @@ def test_a_kill_between_copy_and_publication(tmp_path):
     corpus, root = write_corpus(tmp_path / "corpus"), str(tmp_path)
     stopped, killed, whole = (tmp_path / name for name in ("stopped", "killed", "whole"))
     with pytest.raises(RankError, match="-9"):
-        run_ranks(_stopped_and_killed, 1, corpus, root, timeout=TIMEOUT)
+        run_ranks(_stopped_and_killed, 1, corpus, root)
     assert int((tmp_path / "code").read_text()) == EXIT_INTERRUPTED
     assert open_checkpoint(stopped).trainer().step == 3, "a stop waits for its save"
     assert open_checkpoint(killed).trainer().step == 2, "the older one is the newest whole one"
     assert list((killed / "checkpoints").glob(".step_00000004*.writing")), "the other had been written"
-    assert run_ranks(_gone_on, 1, corpus, root, timeout=TIMEOUT) == [[EXIT_OK] * 3]
+    assert run_ranks(_gone_on, 1, corpus, root) == [[EXIT_OK] * 3]
     for other in (killed, stopped):
         assert records(other) == records(whole) and hashes(other) == hashes(whole)
         assert not list((other / "checkpoints").glob(".*")), "what the killed start left is gone"

@@ -110,7 +110,7 @@ def _check(topology, folder, fault):
     ],
 )
 def test_every_rank_refuses_with_the_same_words(tmp_path, fault, words):
-    results = run_ranks(_check, 3, str(tmp_path), fault, timeout=200)
+    results = run_ranks(_check, 3, str(tmp_path), fault)
     messages = {message for message, _ in results}
     assert len(messages) == 1
     (message,) = messages

@@ -14,8 +14,6 @@ from tests.support.runs import checkpoints, hashes, last_step, latest_step, reco
 from tests.support.training import tiny_values, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(600)  # starts of processes, on a machine that may be busy
-
 #: Long enough to be caught by a signal in the middle.
 STEPS, INTERVAL = 110, 20
 
