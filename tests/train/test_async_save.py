@@ -19,9 +19,9 @@ from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import hashes, records
 from tests.support.training import tiny_config, write_corpus
+from tests.support.waiting import LIMIT, wait_until
 
 STEPS = 6
-TIMEOUT = 800
 
 
 def make_trainer(corpus: str, run_dir: Path | str, topology, after_step=None, **changes):
@@ -69,7 +69,7 @@ def _two_ranks(topology, corpus, root):
 
 
 def _copied_late(topology, corpus, root):
-    """At ZeRO 0 threads copy: not before the next update is about to be made, which then has to wait."""
+    """At ZeRO 0 threads copy: here not before the next update is about to be made, which then has to wait."""
     changes = {"parallel__zero_stage": 0}
     codes = [run(make_trainer(corpus, f"{root}/sync0", topology, checkpoint__async_save=False, **changes))]
     trainer = make_trainer(corpus, f"{root}/async0", topology, **changes)
@@ -83,7 +83,8 @@ def _copied_late(topology, corpus, root):
             about_to.clear()
 
     def gathering(entry, out=None):
-        about_to.wait(0.05)  # every tensor, so that the update comes before the last one
+        assert about_to.wait(LIMIT)
+        time.sleep(0.01)  # for an update that does not wait to come in between
         return gather(entry, out)
 
     trainer.engine.before_update, state.gather = waiting, gathering
@@ -96,7 +97,7 @@ def _published_late(topology, corpus, root):
 
     def closing(self):
         if topology.rank == 1:
-            go_on.wait(TIMEOUT)
+            go_on.wait(LIMIT)
         return close(self)
 
     def after_step(trainer):
@@ -105,8 +106,7 @@ def _published_late(topology, corpus, root):
         if trainer.state.step == 5:
             go_on.set()
         if trainer.state.step == 5 or (trainer.state.step == 4 and topology.rank == 0):
-            while trainer.saver.is_writing:
-                time.sleep(0.01)
+            wait_until(lambda: not trainer.saver.is_writing)
 
     TensorWriter.close = closing
     try:
