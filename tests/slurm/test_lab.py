@@ -184,7 +184,7 @@ def test_a_node_without_power_is_named_and_the_rest_goes_on(lab, place, whole):
     """At fewer nodes, as allowed: the same samples in every step."""
     run = place / "lost"
     wait_for_idle_nodes(lab)  # with --min-nodes a job begins small rather than wait
-    job = submit(lab, place, "lost", "--min-nodes", "1", "checkpoint.interval=10", "cluster.lost_node_seconds=30")
+    job = submit(lab, place, "lost", "--min-nodes", "1", "checkpoint.interval=10", "cluster.lost_node_seconds=15")
     wait_for_step(lab, run, 40)
     lab.script("poweroff", "n2")
     try:
