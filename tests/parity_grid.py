@@ -42,7 +42,7 @@ from tests.support.ranks import RankError, run_ranks  # noqa: E402
 #: Layouts over which the other factors are covered pairwise.
 COVERED = ((2, 1, 2, 1), (2, 1, 1, 2), (2, 1, 1, 3), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 0))
 #: Seconds that a case may take, on a busy machine too.
-TIMEOUT = 240
+TIMEOUT = 600
 #: Steps to which a checkpoint that moves is trained: at the start, at the other layout, and back at the start.
 MOVE_AT = (6, 10, 12)
 

@@ -241,7 +241,6 @@ def train(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_from_a_short_run_to_an_extended_one(here, capsys, monkeypatch):
     """Train at 32, extend to 128, evaluate the weights as they are, train on, evaluate by position at 128."""
     corpus = write_corpus(here / "corpus", tokens=6000)

@@ -115,12 +115,13 @@ def test_damaged_files_are_no_error(tmp_path):
     attempt = claim(tmp_path)
     (attempt.folder / "heartbeat.json").write_text('{"phase": "tr')
     (attempt.folder / "end.json").write_text("[")
-    assert run_status(tmp_path, time.time())["state"] == "starting"
-    assert run_status(tmp_path, time.time() + 9999)["state"] == "dead"
+    now = attempt.folder.stat().st_mtime
+    assert run_status(tmp_path, now)["state"] == "starting"
+    assert run_status(tmp_path, now + 9999)["state"] == "dead"
 
 
 def test_json(tmp_path, capsys):
-    beat(claim(tmp_path), time=time.time())
+    beat(claim(tmp_path), time=time.time() + 3600)  # however long the command takes to start
     with pytest.raises(SystemExit) as ended:
         main(["status", str(tmp_path), "--json"])
     assert ended.value.code == 0 and json.loads(capsys.readouterr().out)["state"] == "training"

@@ -14,8 +14,6 @@ from tests.support.killed_run import Run
 from tests.support.kills import AIMS, TARGETS, Plan, Torturer
 from tests.support.training import tiny_config
 
-pytestmark = pytest.mark.timeout(900)  # starts of processes, on a machine that may be busy
-
 STEPS = 8
 #: Everything while it starts, one rank while it saves, the other when the checkpoint has its name.
 PLANS = [

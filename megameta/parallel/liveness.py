@@ -37,6 +37,7 @@ class Liveness(threading.Thread):
 
     Args:
         on_lost: called once on this thread with (message, whether this rank is the one to say it); it ends the process.
+        clock: seconds that only grow (tests put one that they move in its place).
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Liveness(threading.Thread):
         token: str,
         limit: float,
         on_lost: Callable[[str, bool], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="liveness", daemon=True)
+        self._clock = clock
         self._peers, self._me, self._socket, self._token = peers, peers[rank], channel, token
         self._limit, self._interval, self._on_lost = limit, min(1.0, limit / 10), on_lost
         self._leaders = [peer for peer in peers.values() if peer.local_rank == 0 and peer.rank != rank]
@@ -70,9 +73,9 @@ class Liveness(threading.Thread):
 
     def run(self) -> None:
         """Beat and listen until ``close`` or a loss."""
-        next_beat = looked = time.monotonic()
+        next_beat = looked = self._clock()
         while not self._closing.is_set():
-            now = time.monotonic()
+            now = self._clock()
             if now - looked > 0.3 * self._limit:
                 # This thread did not run (a stopped process, Python's lock held): the others' silence is its own.
                 self._heard = dict.fromkeys(self._heard, now)
@@ -83,7 +86,7 @@ class Liveness(threading.Thread):
                     self._tell(self._leaders, {"kind": "here"})
                     if self._judge(now):
                         return
-            ready, _, _ = select.select([self._socket], [], [], max(0.0, next_beat - time.monotonic()))
+            ready, _, _ = select.select([self._socket], [], [], max(0.0, next_beat - self._clock()))
             if ready and self._receive():
                 return
 
@@ -119,7 +122,7 @@ class Liveness(threading.Thread):
             self._leave(str(message.get("text")), speaks=False)
             return True
         if rank in self._peers:
-            self._heard[rank] = time.monotonic()
+            self._heard[rank] = self._clock()
             if message.get("kind") == "bye":
                 self._left.add(rank)
         return False
@@ -143,8 +146,8 @@ class Liveness(threading.Thread):
                 )
         else:
             # The one that speaks comes to the same conclusion about now; its message also reaches the other ranks here.
-            end = time.monotonic() + 3.0
-            while time.monotonic() < end:
+            end = self._clock() + 3.0
+            while self._clock() < end:
                 ready, _, _ = select.select([self._socket], [], [], 0.2)
                 if ready and self._receive():
                     return True

@@ -33,6 +33,7 @@ class Monitor(threading.Thread):
         timeout: seconds without progress after which the run is stuck; 0: not watched.
         hosts: host names by rank.
         leave: ends the process with an exit code (tests put another in its place).
+        clock: seconds that only grow (tests put one that they move in its place).
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Monitor(threading.Thread):
         timeout: float,
         leave: Callable[[int], Any] = os._exit,
         interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._attempt, self._topology, self._hosts = attempt, topology, hosts
         self.heartbeat = heartbeat
         self._timeout, self._leave, self._interval = timeout, leave, interval
-        self._progress = time.monotonic()
+        self._clock = clock
+        self._progress = clock()
         self._closing = threading.Event()
         self._reported_slow = -SLOW_REPORT_SECONDS
         self.groups: Mapping[str, Any] = {}
@@ -57,7 +60,7 @@ class Monitor(threading.Thread):
 
     def progress(self) -> None:
         """A step, an evaluation or a checkpoint has ended."""
-        self._progress = time.monotonic()
+        self._progress = self._clock()
 
     def run(self) -> None:
         """Watch until ``close``."""
@@ -77,7 +80,7 @@ class Monitor(threading.Thread):
                 self._stop_superseded(error)
         if self.heartbeat is not None:
             self.beat()
-        if self._timeout and time.monotonic() - self._progress > self._timeout:
+        if self._timeout and self._clock() - self._progress > self._timeout:
             self._stop_stuck()
 
     def beat(self) -> None:

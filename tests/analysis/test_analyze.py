@@ -25,8 +25,6 @@ from megameta.tasks.words import WORDS
 from tests.support.analyses import run_megameta, subject_of
 from tests.support.training import tiny_values, write_corpus
 
-pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
-
 PNG = b"\x89PNG\r\n\x1a\n"
 FEW = Options(num_samples=3)
 

@@ -16,8 +16,6 @@ from megameta.analysis.mass import mass_by_distance, ratio_by_distance
 from megameta.analysis.residual import KINDS, cosines, norms
 from tests.support.analyses import HEADS, LAYERS, SAMPLES, close, dense, nan_mean
 
-pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
-
 T = 32
 BINS = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
 

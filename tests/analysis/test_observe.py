@@ -14,8 +14,6 @@ from megameta.analysis.observe import (
 )
 from tests.support.analyses import HEADS, LAYERS, SAMPLES, dense
 
-pytestmark = pytest.mark.timeout(600)  # the fixture trains in a process of its own, on a machine that may be busy
-
 
 def fingerprint(model) -> tuple:
     """All that a context could leave behind: attributes and hooks of every module, and bits of every parameter."""

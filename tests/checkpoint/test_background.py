@@ -14,6 +14,7 @@ from megameta.checkpoint.store import point_latest, step_name
 from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.config import build_config
 from megameta.errors import UserError
+from tests.support.waiting import LIMIT
 
 CONFIG = build_config({"data": {"train": "x"}})
 STATE = TrainerState(step=7, next_batch=9, tokens=100, targets=80, optimizer_step=6)
@@ -67,7 +68,7 @@ def test_who_copies_and_when(tmp_path):
     class Slow(Source):
         def gather(self, entry, out=None):
             copied_by.add(threading.current_thread().name)
-            assert may_copy.wait(20)
+            assert may_copy.wait(LIMIT)
             return super().gather(entry, out)
 
     saver, source = BackgroundSaver(Alone()), Slow(weights, {})
@@ -77,7 +78,7 @@ def test_who_copies_and_when(tmp_path):
     waiting.join(0.2)
     assert waiting.is_alive(), "the state would change while it is copied"
     may_copy.set()
-    waiting.join(20)
+    waiting.join(LIMIT)
     assert not waiting.is_alive() and copied_by == {"checkpoint-writer"}
     saver.complete()
     copied_by.clear()
@@ -129,7 +130,7 @@ def test_old_checkpoints_go_beside_training(tmp_path, monkeypatch, caplog):
     def slow(path, **options):
         if path.suffix != ".old":
             return removed(path, **options)
-        assert may_go.wait(20)
+        assert may_go.wait(LIMIT)
         if path.name == ".step_00000001.old":
             raise OSError(30, "Read-only file system")
         removed(path)

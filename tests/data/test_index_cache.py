@@ -1,11 +1,11 @@
 """Orders on disk: whole or absent, made again when they are damaged, one maker at a time."""
 
+import fcntl
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from megameta.data.index_cache import IndexCache, digest
 from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
+from tests.support.waiting import LIMIT, wait_until
 
 
 class Maker:
@@ -86,33 +87,42 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert files(tmp_path) == ["f.lock"]
 
 
-def _start(folder, barrier, queue):
+MANY = 12
+
+
+def _start(folder, locks, queue):
+    """Says that it is about to ask for the lock; whoever makes the order does so when all have said that."""
+    flock = fcntl.flock if locks else _no_locks
+
+    def asking(file, operation):
+        (folder / f"asked-{os.getpid()}").touch()
+        flock(file, operation)
+
     def make():
-        (Path(folder) / f"made-{os.getpid()}").touch()
-        time.sleep(0.3)
+        (folder / f"made-{os.getpid()}").touch()
+        wait_until(lambda: len(list(folder.glob("asked-*"))) == MANY or len(list(folder.glob("made-*"))) > 1)
+        if not locks:
+            wait_until(lambda: len(list(folder.glob("made-*"))) == MANY)
         return {"x0": np.arange(100_000)}
 
-    barrier.wait(timeout=60)
-    queue.put(int(IndexCache(Path(folder) / "c").get("f", 0, make)["x0"].sum()))
+    fcntl.flock = asking
+    queue.put(int(IndexCache(folder / "c").get("f", 0, make)["x0"].sum()))
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_many_start_together(locks, tmp_path, monkeypatch):
-    """With locks one of them makes the order; without, each may, and all read a whole one."""
-    if not locks:
-        monkeypatch.setattr("fcntl.flock", _no_locks)
+def test_many_start_together(locks, tmp_path):
+    """With locks one of them makes the order; without, each does, and all read a whole one."""
     context = multiprocessing.get_context("fork")
-    barrier, queue = context.Barrier(12), context.Queue()
-    processes = [context.Process(target=_start, args=(tmp_path, barrier, queue)) for _ in range(12)]
+    queue = context.Queue()
+    processes = [context.Process(target=_start, args=(tmp_path, locks, queue)) for _ in range(MANY)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=60) for _ in processes]
+    results = [queue.get(timeout=LIMIT) for _ in processes]
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=LIMIT)
         assert process.exitcode == 0
     assert set(results) == {sum(range(100_000))}
-    made = len(list(tmp_path.glob("made-*")))
-    assert made == 1 if locks else made >= 1
+    assert len(list(tmp_path.glob("made-*"))) == (1 if locks else MANY)
     assert not list((tmp_path / "c").glob("*.tmp-*"))
 
 
@@ -133,7 +143,10 @@ def test_a_killed_maker_holds_nobody_up(tmp_path):
     """
     root = str(Path(__file__).parents[2])
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": root}, timeout=60, check=False
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=LIMIT,
+        check=False,
     )
     assert process.returncode == -9
     assert IndexCache(tmp_path).get("f", 0, Maker(np.arange(3)))["x0"].tolist() == [0, 1, 2]

@@ -289,7 +289,7 @@ if __name__ == "__main__":
     results = WorkerPool(2, operator.itemgetter, 0).map([["ready"]] * 2)
     print(next(results), flush=True)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-    time.sleep(60)
+    time.sleep(1_000_000)
 """
 
 

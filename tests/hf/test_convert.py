@@ -67,7 +67,7 @@ def test_there_and_back_is_bitwise(checkpoint: Path, monkeypatch: pytest.MonkeyP
         env={**os.environ, "HF_HOME": str(root / "hf_home")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )  # the next step that the tool prints
     assert process.returncode == 0, process.stderr[-3000:]

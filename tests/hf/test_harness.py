@@ -181,7 +181,6 @@ def test_the_command(export: tuple[Path, GPT], tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_lm_eval_itself_on_an_export(export: tuple[Path, GPT], tmp_path: Path) -> None:
     """The command line of lm-eval, as its users type it."""
     write_task(tmp_path)

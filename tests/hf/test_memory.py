@@ -28,7 +28,9 @@ MB = 10**6
 def test_peak_of_an_export(kind: str, dtype: str, tmp_path: Path) -> None:
     """Of some 200 and 150 MB of float32 weights into shards of 40 MB: a layer is 17 and 13 MB.
 
-    What is freed goes back to the system at once: how much glibc keeps of it differs by 20 MB from run to run.
+    One process with one thread, in which each allocation follows from the one before: nothing here hangs on how fast
+    the machine is. What is freed goes back to the system at once: how much glibc keeps of it differs by 20 MB from run
+    to run.
     """
     script = Path(__file__).with_name("export_memory.py")
     process = subprocess.run(
@@ -42,7 +44,7 @@ def test_peak_of_an_export(kind: str, dtype: str, tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-4000:]

@@ -17,8 +17,6 @@ from tests.support.models import assert_close, small_model
 pytest.importorskip("peft", reason="peft is not installed (pip install -e '.[dev]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install -e '.[dev]')")
 
-pytestmark = pytest.mark.timeout(300)  # on a machine that may be busy
-
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,8 +14,6 @@ from megameta.parallel import collectives
 from megameta.parallel.groups import make_groups
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(300)
-
 WORLD, BATCH, LENGTH, WIDTH = 4, 2, 8, 3
 FUNCTIONS = ("copy_to_shards", "reduce_shards", "gather_sequence", "scatter_sequence", "split_sequence")
 #: Functions whose input is the same on every rank, and those whose output (and so its gradient) is.

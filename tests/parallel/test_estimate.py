@@ -261,7 +261,6 @@ def _allocated_in_a_step(config: RunConfig, layout: Layout, stage: StageEstimate
     return gathered + memory.activations + memory.workspace - bucket
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if c in QUICK else (pytest.mark.slow, pytest.mark.grid)) for c in LAYOUTS]
 )
@@ -272,7 +271,7 @@ def test_steps_on_gloo(case: str) -> None:
     layout = Layout.of(config, world_size)
     stages = estimate(config, layout)
     per_micro_batch = activations(config, layout)
-    steps = run_ranks(observe, world_size, config, timeout=400)
+    steps = run_ranks(observe, world_size, config)
     for rank, step in enumerate(steps):
         stage = stages[rank // (layout.data * layout.tensor)]
         assert step.traffic == pytest.approx(_payloads(stage), rel=1e-6), f"rank {rank}"
@@ -284,9 +283,6 @@ def test_steps_on_gloo(case: str) -> None:
         if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go
             assert kept == pytest.approx(step.saved, rel=0.05)
         if layout.pipeline == 1:
-            # What ZeRO 3 holds at once hangs on how far a rank's gathers are ahead: on a busy machine two ranks had 5.7
-            # and 7.0 MB of the same step. The estimate is of the one that holds most.
-            measured = max(step.peak for step in steps) if layout.zero_stage == 3 else step.peak
-            assert peak == pytest.approx(measured, rel=0.15)
+            assert peak == pytest.approx(step.peak, rel=0.15)
         else:  # how much is in flight at once hangs on the stages' timing; seen from 0.94 to 1.24 on a busy machine
             assert 0.85 * step.peak <= peak <= 1.35 * step.peak

@@ -15,8 +15,6 @@ from tests.support.layouts import ALL_ON, FACTORS, Case, make_config, make_corpu
 from tests.support.ranks import run_ranks
 from tests.support.training import step_loader
 
-pytestmark = pytest.mark.timeout(300)
-
 FULL = ModelConfig(
     vocab_size=300,
     hidden_size=32,
@@ -129,7 +127,7 @@ def test_no_rank_ever_holds_a_whole_weight_or_whole_logits(corpus):
     cases = [Case(2, 1, 1, zero, tuple(factors.items())) for zero in (0, 1, 2, 3) for factors in levels]
     whole, wide = whole_things(odd_config(cases[0], corpus), 1024)
     assert whole, wide
-    for seen in (shapes for rank in run_ranks(_shapes, 2, corpus, cases, timeout=200) for shapes in rank):
+    for seen in (shapes for rank in run_ranks(_shapes, 2, corpus, cases) for shapes in rank):
         assert len(seen) > 50
         assert sorted(seen & whole) == []
         assert not [shape for shape in seen if wide & set(shape)]

@@ -53,7 +53,7 @@ class Lab:
 
     # --- the cluster ------------------------------------------------------------------------------------------------
 
-    def script(self, *words: str, timeout: float = 90) -> str:
+    def script(self, *words: str, timeout: float = 600) -> str:
         """Run lab.sh; its output."""
         command = [str(HERE / "lab.sh"), *words]
         done = subprocess.run(
@@ -68,7 +68,7 @@ class Lab:
     def down(self) -> list[int]:
         """End everything by id; processes of the lab that are left all the same."""
         self.script("down")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 300
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.1)
         return left
@@ -85,7 +85,7 @@ class Lab:
                 continue
         return found
 
-    def run(self, *command: str, cwd: Path | None = None, timeout: float = 120) -> str:
+    def run(self, *command: str, cwd: Path | None = None, timeout: float = 600) -> str:
         """Run a command on the controller's node."""
         words = [str(HERE / "lab.sh"), "exec", *command]
         options = {"env": self.environment, "cwd": cwd, "stdin": subprocess.DEVNULL}
@@ -100,7 +100,7 @@ class Lab:
 
     def submit(self, folder: Path, *words: str) -> str:
         """``megameta slurm submit``; the job's number."""
-        out = self.run(sys.executable, "-m", "megameta", "slurm", "submit", *words, cwd=folder, timeout=200)
+        out = self.run(sys.executable, "-m", "megameta", "slurm", "submit", *words, cwd=folder)
         return re.findall(r"^job +(\d+)", out, re.M)[0]
 
     def job(self, number: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from megameta.train.setup import build_model
 from tests.support.layouts import ALL_ON, Case, compare, make_config, make_corpus, reference, relative, run_case
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 STEPS, BUCKETS = 3, 5
 #: YaRN with zeroed meta positions; documents do not restart positions, which so reach the end of the window.
@@ -81,7 +81,7 @@ def expected(corpus):
 def outcomes(corpus):
     found = {}
     for world, cases in CASES.items():
-        reports = run_ranks(_run, world, cases, corpus, timeout=280)
+        reports = run_ranks(_run, world, cases, corpus)
         found |= {case: [rank[number] for rank in reports] for number, case in enumerate(cases)}
     return found
 

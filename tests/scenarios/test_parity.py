@@ -6,7 +6,7 @@ from tests.support.layouts import ALL_ON, Case, compare, compare_bf16, layouts, 
 from tests.support.mutations import MUTATIONS
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 STEPS = 4
 BF16 = tuple({**ALL_ON, "precision": "bf16"}.items())
@@ -71,7 +71,7 @@ def expected_of(corpus, expected):
 def outcomes(corpus):
     found = {}
     for world, cases in CASES.items():
-        reports = run_ranks(_run, world, [(corpus, case) for case in cases], timeout=280)
+        reports = run_ranks(_run, world, [(corpus, case) for case in cases])
         found |= {case: [rank[number] for rank in reports] for number, case in enumerate(cases)}
     return found
 
@@ -92,7 +92,7 @@ def test_bf16_is_as_near_as_bf16_in_one_process(outcomes, expected):
 
 @pytest.fixture(scope="module")
 def broken(corpus):
-    reports = run_ranks(_broken, 2, list(MUTATIONS), corpus, timeout=280)
+    reports = run_ranks(_broken, 2, list(MUTATIONS), corpus)
     return {name: [rank[name] for rank in reports] for name in MUTATIONS}
 
 

@@ -22,13 +22,12 @@ from tests.support.training import tiny_values, write_corpus
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
 
 #: Long enough to be caught in the middle, on a busy machine too.
 STEPS, INTERVAL = 200, 20
-#: Seconds for a start of two ranks on a machine that does other things.
+#: A limit against hanging, in seconds.
 PATIENCE = 600
 
 
@@ -56,8 +55,8 @@ def place(tmp_path_factory):
         train__peak_tflops=1.0,
         checkpoint__interval=INTERVAL,
         log__interval=50,
-        cluster__lost_node_seconds=15,
-        cluster__preflight_seconds=60,
+        cluster__lost_node_seconds=600,
+        cluster__preflight_seconds=600,
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder
@@ -73,7 +72,7 @@ def wait_for_step(lab: Lab, run: Path, step: int) -> None:
 
 
 def wait_for_idle_nodes(lab: Lab) -> None:
-    lab.wait(lambda: lab.run("sinfo", "--noheader", "--format=%D %t").strip() == "2 idle", timeout=120)
+    lab.wait(lambda: lab.run("sinfo", "--noheader", "--format=%D %t").strip() == "2 idle", timeout=PATIENCE)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -119,7 +118,7 @@ def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     job = submit(lab, place, "limited")
     wait_for_step(lab, run, 50)
     lab.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends before the limit
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=60, why=lambda: read_logs(run / "logs"))
+    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
     said = read_logs(run / "logs")
     assert said.count("SIGUSR1: the ranks are told") == 1 and "stopped by a signal" in said
     saved = latest_step(run)
@@ -140,8 +139,8 @@ def test_slurms_own_warning_before_a_time_limit(lab, place):
     wait_for_step(lab, run, 30)
     hours, minutes, _ = lab.job(job)["RunTime"].split(":")
     lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 4}")
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=180, why=lambda: read_logs(run / "logs"))
-    lab.wait(lambda: ledger(run), timeout=60)
+    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait(lambda: ledger(run), timeout=PATIENCE)
     assert (ledger(run)[0]["code"], ledger(run)[0]["action"]) == (75, "requeue")
     assert read_logs(run / "logs").count("SIGUSR1: the ranks are told") == 1
     lab.run("scancel", job)
@@ -155,11 +154,11 @@ def test_a_preempted_job_saves_and_comes_back(lab, place):
     wait_for_step(lab, run, 30)
     words = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--time=5", f"--output={place}/urgent.out"]
     urgent = lab.run("sbatch", *words, "--wrap=sleep 1", cwd=place).strip()
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=120, why=lambda: read_logs(run / "logs"))
-    lab.wait(lambda: ledger(run), timeout=60)
+    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait(lambda: ledger(run), timeout=PATIENCE)
     (end,) = ledger(run)
     assert (end["code"], end["action"]) == (75, "requeue") and end["saved"] == last_step(run) >= 30
-    lab.wait_for_state(urgent, "COMPLETED", timeout=60)
+    lab.wait_for_state(urgent, "COMPLETED", timeout=PATIENCE)
     wait_for_step(lab, run, end["saved"] + 10)
     lab.run("scancel", job)
     steps = steps_of(run)
@@ -172,11 +171,11 @@ def test_a_cancelled_job_stays_cancelled(lab, place):
     job = submit(lab, place, "cancelled")
     wait_for_step(lab, run, 10)
     lab.run("scancel", job)
-    lab.wait(lambda: ledger(run), timeout=60, why=lambda: read_logs(run / "logs"))
-    lab.wait_for_state(job, "CANCELLED", timeout=60, logs=run / "logs")
+    lab.wait(lambda: ledger(run), timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait_for_state(job, "CANCELLED", timeout=PATIENCE, logs=run / "logs")
     (end,) = ledger(run)
     assert end["action"] == "leave" and end["state"] != "RUNNING"
-    lab.wait(lambda: not lab.run("squeue", "--noheader").strip(), timeout=60)
+    lab.wait(lambda: not lab.run("squeue", "--noheader").strip(), timeout=PATIENCE)
     assert lab.job(job)["Restarts"] == "0"
     assert latest_step(run) == last_step(run) >= 10, "the ranks saved when they were told to end"
 
@@ -185,13 +184,13 @@ def test_a_node_without_power_is_named_and_the_rest_goes_on(lab, place, whole):
     """At fewer nodes, as allowed: the same samples in every step."""
     run = place / "lost"
     wait_for_idle_nodes(lab)  # with --min-nodes a job begins small rather than wait
-    job = submit(lab, place, "lost", "--min-nodes", "1", "checkpoint.interval=10")
+    job = submit(lab, place, "lost", "--min-nodes", "1", "checkpoint.interval=10", "cluster.lost_node_seconds=15")
     wait_for_step(lab, run, 40)
     lab.script("poweroff", "n2")
     try:
         lab.wait(
             lambda: how_it_ended(newest_attempt(run)) or newest_attempt(run).number > 1,
-            timeout=60,
+            timeout=PATIENCE,
             why=lambda: read_logs(run / "logs"),
         )
         said = read_logs(run / "logs")
@@ -218,15 +217,17 @@ def test_a_stale_attempt_writes_nothing_more(lab, place):
         lab.wait(lambda: newest_attempt(run).number == 2, timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
         first = run / "logs" / "attempt_0001"
         ended = lab.wait(
-            lambda: (first / "end.json").exists() and json.loads((first / "end.json").read_text()), timeout=30
+            lambda: (first / "end.json").exists() and json.loads((first / "end.json").read_text()), timeout=PATIENCE
         )
         assert ended["kind"] == "superseded" and "attempt 2 has started" in ended["message"]
         saved = latest_step(run)
         wait_for_step(lab, run, saved + 30)
         lab.script("replug", node)
         lab.run("scancel", "--batch", "--signal=USR1", job)
-        lab.wait(lambda: run_status(run, 0.0)["state"] == "stopped", timeout=60, why=lambda: read_logs(run / "logs"))
-        lab.wait(lambda: any(line["action"] == "requeue" for line in ledger(run)), timeout=60)
+        lab.wait(
+            lambda: run_status(run, 0.0)["state"] == "stopped", timeout=PATIENCE, why=lambda: read_logs(run / "logs")
+        )
+        lab.wait(lambda: any(line["action"] == "requeue" for line in ledger(run)), timeout=PATIENCE)
         lab.run("scancel", job)
         # The first batch script is still there on the node that came back: it must not touch the job of the second.
         assert [line["restart"] for line in ledger(run) if line["action"] == "requeue"] == ["1"]
@@ -248,7 +249,7 @@ def test_an_array_of_shards_then_training(lab, place):
     root = Path(__file__).resolve().parents[2]
     train = [sys.executable, str(root / "tools" / "train_tokenizer.py"), "--input", *shards]
     subprocess.run(
-        [*train, "--output", str(place / "tok"), "--type", "bpe", "--vocab-size", "300"], check=True, timeout=120
+        [*train, "--output", str(place / "tok"), "--type", "bpe", "--vocab-size", "300"], check=True, timeout=PATIENCE
     )
     options = ["--parsable", "--array=0-1", "--cpus-per-task=1", f"--output={place}/array-%a.out"]
     script = root / "slurm" / "preprocess.sbatch"

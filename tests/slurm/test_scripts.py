@@ -45,7 +45,7 @@ def test_a_warning_that_comes_early_does_not_end_the_script(command, tmp_path):
     (tmp_path / "env.sh").write_text(f'export PATH="{tmp_path}:$PATH"\n')
     environment = {**os.environ, "MEGAMETA_ENV": str(tmp_path / "env.sh"), "SLURM_CPUS_PER_TASK": "1"}
     words = ["bash", str(ROOT / "slurm" / FILES[command]), "a.yaml"]
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done
     assert done.stdout.startswith("-m megameta slurm run run srun --nodes=1"), done.stdout
 
@@ -63,7 +63,7 @@ sys.meta_path.insert(0, Hook())
 from megameta.cli import main
 main([{command!r}, "nowhere.yaml"])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr.count("error:")) == (1, 1), done
 
 

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from megameta.attempt import claim
+from tests.support.waiting import LIMIT, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +40,12 @@ def cluster(tmp_path):
 
 
 def start(cluster: Path, body: str, *options: str) -> subprocess.Popen:
-    """``megameta slurm run`` over a Python program in place of srun; PATIENCE is cut to nothing."""
+    """``megameta slurm run`` over a Python program in place of srun; what it would wait for SLURM is nothing."""
     program = cluster / "ranks.py"
     program.write_text(textwrap.dedent(body))
     code = (
-        "import sys; from megameta.slurm import supervise; supervise.PATIENCE = 0.0;"
+        "import sys, time, types; from megameta.slurm import supervise;"
+        "supervise.time = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None});"
         "from megameta.cli import main; main(sys.argv[1:])"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
@@ -65,27 +66,24 @@ def asked(cluster: Path, word: str) -> list[str]:
 
 def test_a_run_that_is_done_cancels_what_waits_of_its_chain(cluster):
     process = start(cluster, "", "--chain")
-    assert process.wait(60) == 0
+    assert process.wait(LIMIT) == 0
     assert asked(cluster, "scancel") == ["scancel 7 8"], "not the job itself"
     assert not asked(cluster, "scontrol requeue") and ledger(cluster)[0]["action"] == "finish"
 
 
 def test_the_warning_reaches_the_ranks_and_the_job_is_requeued(cluster):
     body = f"""
-        import pathlib, signal, sys, time
+        import pathlib, signal, sys
         signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
         pathlib.Path({str(cluster)!r}, "ready").touch()
-        time.sleep(60)
+        signal.pause()
         """
     process = start(cluster, body)
     try:
-        end = time.monotonic() + 60
-        while not (cluster / "ready").exists():
-            assert time.monotonic() < end and process.poll() is None, (cluster / "said").read_text()
-            time.sleep(0.02)
+        wait_until((cluster / "ready").exists, unless=process.poll)
         process.send_signal(signal.SIGTERM)  # of scancel or a preemption: SLURM sends it to the ranks itself
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 75
+        assert process.wait(LIMIT) == 75
     finally:
         process.kill()
         process.wait()
@@ -95,7 +93,7 @@ def test_the_warning_reaches_the_ranks_and_the_job_is_requeued(cluster):
 
 def test_a_cancelled_job_is_not_brought_back(cluster):
     (cluster / "state").write_text("COMPLETING\n")
-    assert start(cluster, "import sys; sys.exit(75)").wait(60) == 75
+    assert start(cluster, "import sys; sys.exit(75)").wait(LIMIT) == 75
     assert not asked(cluster, "scontrol requeue") and not asked(cluster, "scancel")
 
 
@@ -110,7 +108,7 @@ def test_what_the_attempt_said_decides(cluster, kind, requeued):
         """
     claim(cluster / "run").note_end("mistake", "of an attempt before this job")
     process = start(cluster, body.replace("sys.exit(76)", "sys.exit(76)"))
-    assert process.wait(90) != 0
+    assert process.wait(LIMIT) != 0
     assert len(asked(cluster, "scontrol requeue")) == requeued, (cluster / "said").read_text()
     said = (cluster / "said").read_text()
     assert "attempt 2: node n2 is gone" in said and "before this job" not in said
@@ -118,7 +116,7 @@ def test_what_the_attempt_said_decides(cluster, kind, requeued):
 
 def test_an_end_of_a_former_attempt_says_nothing_about_this_one(cluster):
     claim(cluster / "run").note_end("mistake", "of an attempt before this job")
-    assert start(cluster, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)").wait(60) == 137
+    assert start(cluster, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)").wait(LIMIT) == 137
     assert asked(cluster, "scontrol requeue") and "before this job" not in (cluster / "said").read_text()
 
 
@@ -133,7 +131,7 @@ def test_what_is_left_on_a_lost_node_touches_nothing(cluster):
         claim(Path({str(cluster / "run")!r})).note_end("lost", "node n3 is gone")
         sys.exit(76)
         """
-    assert start(cluster, body).wait(60) == 76
+    assert start(cluster, body).wait(LIMIT) == 76
     assert not asked(cluster, "scontrol requeue") and not asked(cluster, "scancel")
     assert "attempt 1: attempt 2 has started" in (cluster / "said").read_text()
     assert "n3" not in (cluster / "said").read_text()
@@ -151,7 +149,7 @@ def test_a_node_that_was_cut_off_asks_again_before_it_requeues(cluster):
         Path({str(cluster)!r}, "cut").touch()
         sys.exit(76)
         """
-    assert start(cluster, body).wait(90) == 76
+    assert start(cluster, body).wait(LIMIT) == 76
     assert ledger(cluster)[0]["action"] == "wait" and ledger(cluster)[0]["state"] is None
     assert not (cluster / "cut").exists() and not asked(cluster, "scontrol requeue")
     assert "the job runs elsewhere by now" in (cluster / "said").read_text()
@@ -159,7 +157,7 @@ def test_a_node_that_was_cut_off_asks_again_before_it_requeues(cluster):
 
 def test_failures_end(cluster):
     for number in range(3):
-        assert start(cluster, "import sys; sys.exit(9)").wait(60) == 9
+        assert start(cluster, "import sys; sys.exit(9)").wait(LIMIT) == 9
         assert len(asked(cluster, "scontrol requeue")) == min(number + 1, 2)
     assert [line["action"] for line in ledger(cluster)] == ["requeue", "requeue", "give up"]
 

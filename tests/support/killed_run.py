@@ -96,7 +96,7 @@ class Run:
         """Wait for the launcher; the processes that are there when it is not, which are ended here, then."""
         try:
             self._launcher.wait(timeout)
-            end = time.monotonic() + 5  # of processes that have been killed, in the kernel
+            end = time.monotonic() + 60  # of processes that have been killed, in the kernel
             while (left := self.left()) and time.monotonic() < end:
                 time.sleep(0.05)
             return left

@@ -24,7 +24,7 @@ MOST_STEPS = 3
 #: After so many it gives up.
 MOST_PROBLEMS = 10
 #: Seconds for an end beyond the launcher's grace, on a machine that is busy with other things.
-SLACK = 60.0
+SLACK = 600.0
 
 
 @dataclass(frozen=True)

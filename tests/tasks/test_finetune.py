@@ -27,8 +27,6 @@ from megameta.train.setup import DrawnWeights, build_model
 from megameta.validate import problems
 from tests.support.commands import run_command
 
-pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
-
 STEPS, MOVE_AT = 8, 6
 
 

@@ -19,11 +19,9 @@ from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import hashes, records
 from tests.support.training import tiny_config, write_corpus
-
-pytestmark = pytest.mark.timeout(1800)  # starts of processes, on a machine that may be busy
+from tests.support.waiting import LIMIT, wait_until
 
 STEPS = 6
-TIMEOUT = 800
 
 
 def make_trainer(corpus: str, run_dir: Path | str, topology, after_step=None, **changes):
@@ -71,7 +69,7 @@ def _two_ranks(topology, corpus, root):
 
 
 def _copied_late(topology, corpus, root):
-    """At ZeRO 0 threads copy: not before the next update is about to be made, which then has to wait."""
+    """At ZeRO 0 threads copy: here not before the next update is about to be made, which then has to wait."""
     changes = {"parallel__zero_stage": 0}
     codes = [run(make_trainer(corpus, f"{root}/sync0", topology, checkpoint__async_save=False, **changes))]
     trainer = make_trainer(corpus, f"{root}/async0", topology, **changes)
@@ -85,7 +83,8 @@ def _copied_late(topology, corpus, root):
             about_to.clear()
 
     def gathering(entry, out=None):
-        about_to.wait(0.05)  # every tensor, so that the update comes before the last one
+        assert about_to.wait(LIMIT)
+        time.sleep(0.01)  # for an update that does not wait to come in between
         return gather(entry, out)
 
     trainer.engine.before_update, state.gather = waiting, gathering
@@ -98,7 +97,7 @@ def _published_late(topology, corpus, root):
 
     def closing(self):
         if topology.rank == 1:
-            go_on.wait(TIMEOUT)
+            go_on.wait(LIMIT)
         return close(self)
 
     def after_step(trainer):
@@ -107,8 +106,7 @@ def _published_late(topology, corpus, root):
         if trainer.state.step == 5:
             go_on.set()
         if trainer.state.step == 5 or (trainer.state.step == 4 and topology.rank == 0):
-            while trainer.saver.is_writing:
-                time.sleep(0.01)
+            wait_until(lambda: not trainer.saver.is_writing)
 
     TensorWriter.close = closing
     try:
@@ -138,7 +136,7 @@ def _disk_fails(topology, corpus, root):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
-    return root, run_ranks(_two_ranks, 2, write_corpus(root / "corpus"), str(root), timeout=TIMEOUT)
+    return root, run_ranks(_two_ranks, 2, write_corpus(root / "corpus"), str(root))
 
 
 def test_the_same_checkpoints_as_without(two):
@@ -208,12 +206,12 @@ def test_a_kill_between_copy_and_publication(tmp_path):
     corpus, root = write_corpus(tmp_path / "corpus"), str(tmp_path)
     stopped, killed, whole = (tmp_path / name for name in ("stopped", "killed", "whole"))
     with pytest.raises(RankError, match="-9"):
-        run_ranks(_stopped_and_killed, 1, corpus, root, timeout=TIMEOUT)
+        run_ranks(_stopped_and_killed, 1, corpus, root)
     assert int((tmp_path / "code").read_text()) == EXIT_INTERRUPTED
     assert open_checkpoint(stopped).trainer().step == 3, "a stop waits for its save"
     assert open_checkpoint(killed).trainer().step == 2, "the older one is the newest whole one"
     assert list((killed / "checkpoints").glob(".step_00000004*.writing")), "the other had been written"
-    assert run_ranks(_gone_on, 1, corpus, root, timeout=TIMEOUT) == [[EXIT_OK] * 3]
+    assert run_ranks(_gone_on, 1, corpus, root) == [[EXIT_OK] * 3]
     for other in (killed, stopped):
         assert records(other) == records(whole) and hashes(other) == hashes(whole)
         assert not list((other / "checkpoints").glob(".*")), "what the killed start left is gone"

@@ -24,8 +24,6 @@ from tests.support.training import (
     write_corpus,
 )
 
-pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
-
 STEPS, MOVE_AT, BF16_STEPS = 12, 6, 4
 STAGES = (0, 1, 2, 3)  # 3 last: it patches torch's functions for the rest of the process
 
@@ -170,7 +168,7 @@ def oracle(corpus):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
 def ranks(request, corpus):
-    return run_ranks(_everything, request.param, corpus, timeout=280)
+    return run_ranks(_everything, request.param, corpus)
 
 
 def test_the_oracle_is_a_hard_case(corpus, oracle):

@@ -17,8 +17,6 @@ from megameta.train.setup import build_model
 from tests.support.ranks import run_ranks
 from tests.support.training import META, VOCABULARY, tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
-
 WANTED = 11  # divides by no micro-batch or number of ranks here
 BYTES = torch.arange(1, VOCABULARY + 1)  # bytes that each token is said to stand for
 
@@ -91,7 +89,7 @@ def measured(corpus):
     """By (ranks, micro-batch, stage)."""
     out = {}
     for ranks, micros in ((1, [(1, 1), (8, 0)]), (2, [(1, 0), (2, 1), (4, 3)])):
-        reports = run_ranks(_evaluate, ranks, corpus, micros, timeout=200)
+        reports = run_ranks(_evaluate, ranks, corpus, micros)
         assert all(report == reports[0] for report in reports), "ranks disagree"
         out |= {(ranks, *key): value for key, value in reports[0].items()}
     return out

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(folder: Path, name: str, *overrides: str) -> list[float]:
     command = [sys.executable, "-m", "megameta", "train", str(folder / "config.yaml"), f"run.dir={folder / name}"]
     command += [f"data.train=[{folder / 'train'}]", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return [record["loss"] for record in read_metrics(folder / name / "metrics.jsonl")]
 

@@ -11,7 +11,7 @@ import yaml
 from tests.support.commands import one_error, run_command
 from tests.support.training import tiny_values, write_corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # starts of processes, on a machine that may be busy
+pytestmark = pytest.mark.slow
 
 TWO = ("--nproc-per-node", "2")
 TENSOR = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "parallel.zero_stage=2")

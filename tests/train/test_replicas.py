@@ -11,8 +11,6 @@ from megameta.train.replicas import check_replicas, checksum, differing_replicas
 from tests.support.ranks import run_ranks
 from tests.support.training import tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def test_any_bit_changes_the_checksum():
     for tensor in (torch.randn(7, 3), torch.randn(5).bfloat16(), torch.zeros(4), torch.randn(1)):
@@ -66,7 +64,7 @@ def _flip_each(topology, corpus):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_ranks(_flip_each, 2, write_corpus(tmp_path_factory.mktemp("replicas") / "corpus"), timeout=200)
+    return run_ranks(_flip_each, 2, write_corpus(tmp_path_factory.mktemp("replicas") / "corpus"))
 
 
 @pytest.mark.parametrize("case", CASES)

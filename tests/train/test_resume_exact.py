@@ -13,8 +13,6 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import hashes, records
 from tests.support.training import tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(600)  # fixtures start processes, on a machine that may be busy
-
 STAGES = (0, 1, 2, 3)
 STEPS = 10
 
@@ -70,7 +68,7 @@ def _all_stages(topology, corpus, root):
 def runs(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
     corpus = write_corpus(root / "corpus")
-    return root, run_ranks(_all_stages, request.param, corpus, str(root), timeout=280)
+    return root, run_ranks(_all_stages, request.param, corpus, str(root))
 
 
 @pytest.mark.parametrize("stage", STAGES)

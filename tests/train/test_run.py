@@ -1,5 +1,6 @@
 """``megameta train`` as a person starts it: processes, signals, exit codes, messages."""
 
+import functools
 import json
 import shutil
 import signal
@@ -12,10 +13,9 @@ import yaml
 from tests.support.commands import Command, one_error, run_command
 from tests.support.runs import checkpoints, hashes, last_step, latest_step, records
 from tests.support.training import tiny_values, write_corpus
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(600)  # starts of processes, on a machine that may be busy
-
 #: Long enough to be caught by a signal in the middle.
 STEPS, INTERVAL = 110, 20
 
@@ -31,6 +31,31 @@ def start(place):
     yield begin
     for command in started:
         command.end()
+
+
+def caught(start, run, step, number, *options, again=None, ranks=None):
+    """A run that gets the signal after this step, and not at its end: one that was faster is started once more.
+
+    Args:
+        again: what the run directory holds at the start; default: nothing.
+        ranks: its processes at that moment are put here.
+    """
+    while True:
+        command = start("train", "run.yaml", f"run.dir={run}", *options)
+        folder = command.folder / run
+        wait_until(functools.partial(_at_step_or_ended, command, folder, step))
+        if ranks is not None and command.poll() is None:
+            ranks[:] = psutil.Process(command.pid).children()
+        command.send_signal(number)
+        if command.wait() != 0 and last_step(folder) < STEPS:
+            return command
+        shutil.rmtree(folder)
+        if again is not None:
+            shutil.copytree(again, folder)
+
+
+def _at_step_or_ended(command, folder, step):
+    return last_step(folder) >= step or command.poll() is not None
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +101,13 @@ def test_what_a_run_leaves(place):
 def test_signals_and_a_kill_then_the_same_numbers(place, start):
     """SIGTERM, kill -9, and a start to the end, all in one directory; then a start of the complete run."""
     cut = place / "cut"
-    command = start("train", "run.yaml", "run.dir=cut")
-    command.wait_for_step("cut", 7)
-    command.send_signal(signal.SIGTERM)
+    command = caught(start, "cut", 7, signal.SIGTERM)
     assert command.wait() == 75, command.said
     assert 7 <= latest_step(cut) == last_step(cut) < STEPS
     assert "start it again to go on" in command.said
-    command = start("train", "run.yaml", "run.dir=cut")
-    command.wait_for_step("cut", 66)
-    command.send_signal(signal.SIGKILL)
-    command.wait()
+    shutil.copytree(cut, place / "stopped")
+    command = caught(start, "cut", 66, signal.SIGKILL, again=place / "stopped")
+    assert command.wait() == -signal.SIGKILL, command.said
     saved = latest_step(cut)
     assert saved % INTERVAL == 0 and saved >= 60
     with (cut / "metrics.jsonl").open("a") as file:  # what a kill in the middle of a line leaves
@@ -103,11 +125,9 @@ def test_signals_and_a_kill_then_the_same_numbers(place, start):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(place, start):
-    pair = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")
-    pair.wait_for_step("pair", 25)
-    ranks = psutil.Process(pair.pid).children()
+    ranks = []
+    pair = caught(start, "pair", 25, signal.SIGTERM, "--nproc-per-node", "2", ranks=ranks)
     assert len(ranks) == 2
-    pair.send_signal(signal.SIGTERM)
     assert pair.wait() == 75, pair.said
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     again = start("train", "run.yaml", "run.dir=pair", "--nproc-per-node", "2")

@@ -13,7 +13,7 @@ from megameta.train.setup import initial_weights, load_run_config
 from tests.support.ranks import run_ranks
 from tests.support.training import META, step_loader, training_set, write_corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # starts of processes, on a machine that may be busy
+pytestmark = pytest.mark.slow
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2, "sequence_parallel": True, "zero_stage": 2},
@@ -95,7 +95,7 @@ def source_loss(folder, kind) -> float:
 
 def test_step_0_in_every_layout(place):
     expected = {kind: source_loss(place, kind) for kind in ("neox", "gpt2")}
-    for ranks in run_ranks(_first_losses, 2, place, timeout=500):
+    for ranks in run_ranks(_first_losses, 2, place):
         for (name, kind), losses in ranks.items():
             assert losses[0] == pytest.approx(expected[kind], rel=2e-6), (name, kind)
             assert losses[2] < losses[0]

@@ -6,8 +6,6 @@ from megameta.train.pipeline_engine import make_engine
 from tests.support.ranks import run_ranks
 from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, write_corpus
 
-pytestmark = pytest.mark.timeout(600)
-
 STEPS = 4
 VARIANTS: dict[str, dict] = {
     "Meta + APE": {"model__position": "ape"},
@@ -53,7 +51,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(corpus):
-    return run_ranks(_train_all, 1, corpus, timeout=400)[0]
+    return run_ranks(_train_all, 1, corpus)[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,9 +1,11 @@
 """What watches a run from beside: nodes that fall silent, a run that is stuck, slow ranks, the heartbeat."""
 
+import functools
 import json
 import socket
 import threading
-import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,49 +19,105 @@ from megameta.train import monitor as monitors
 from megameta.train.heartbeat import Heartbeat, SlowRanks, read_heartbeat
 from megameta.train.monitor import Monitor
 from tests.support.ranks import run_ranks
+from tests.support.waiting import LIMIT, wait_until
 
-#: Seconds of silence in these tests; threads of a busy machine pause for a while.
-LIMIT = 4.0
+#: Seconds of silence and between beats, on a clock that tests move: as they are waited for too, they are small.
+SILENCE, BEAT = 0.1, 0.01
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Channel:
+    """A socket that notes how many datagrams each address was sent, and how many it took in."""
+
+    def __init__(self, sent):
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.setblocking(False)
+        self.fileno, self.close, self.address = self._socket.fileno, self._socket.close, self._socket.getsockname()
+        self.sent, self.received = sent, 0
+
+    def sendto(self, data, address):
+        self.sent[address] += 1
+        self._socket.sendto(data, address)
+
+    def recv(self, size):
+        data = self._socket.recv(size)
+        self.received += 1
+        return data
+
+
+class Turns(threading.Event):
+    """The event that a watch looks at once a turn."""
+
+    turns = 0
+
+    def is_set(self):
+        self.turns += 1
+        return super().is_set()
 
 
 class Nodes:
-    """The watches of several nodes of two ranks each, in one process."""
+    """The watches of several nodes of two ranks each, in one process and on one clock, which stands still by itself."""
 
     def __init__(self, count):
-        channels = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2 * count)]
-        for channel in channels:
-            channel.bind(("127.0.0.1", 0))
-            channel.setblocking(False)
-        peers = {r: Peer(r, r % 2, f"n{r // 2 + 1}", c.getsockname()) for r, c in enumerate(channels)}
+        self.clock, sent = Clock(), Counter()
+        self.channels = [Channel(sent) for _ in range(2 * count)]
+        peers = {r: Peer(r, r % 2, f"n{r // 2 + 1}", c.address) for r, c in enumerate(self.channels)}
         self.said, self.lock = {}, threading.Lock()
-        self.channels = channels
         self.watches = [
-            Liveness(peers, rank, channel, "word", LIMIT, lambda text, speaks, rank=rank: self.note(rank, text, speaks))
-            for rank, channel in enumerate(channels)
+            Liveness(peers, rank, channel, "word", SILENCE, functools.partial(self.note, rank), self.clock)
+            for rank, channel in enumerate(self.channels)
         ]
         for watch in self.watches:
+            watch._closing = Turns()
             watch.start()
-        self.until(lambda: all(len(watch._heard) == count - 1 for watch in self.watches[::2]))
+        self.settle()
+        assert all(len(watch._heard) == count - 1 for watch in self.watches[::2])
 
     def note(self, rank, text, speaks):
         with self.lock:
             self.said[rank] = (text, speaks)
 
-    def until(self, what, seconds=60):
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, self.said
-            time.sleep(0.02)
+    def settle(self, without=()):
+        """Until every watch that goes on has made a whole turn at this time, and has taken in all it was sent."""
+        for _ in range(2):
+            turns = [watch._closing.turns for watch in self.watches]
+
+            def settled(turns=turns):
+                return all(
+                    (watch._closing.turns >= before + 2 and channel.received == channel.sent[channel.address])
+                    or watch.lost.is_set()
+                    or not watch.is_alive()
+                    or rank in without
+                    for rank, (watch, channel, before) in enumerate(zip(self.watches, self.channels, turns))
+                )
+
+            wait_until(settled, pause=0.001)
+
+    def let_pass(self, seconds, without=()):
+        for _ in range(round(seconds / BEAT)):
+            self.clock.now += BEAT
+            self.settle(without)
 
     def silence(self, *ranks):
         """As if their machine had no power: no good-bye."""
         for rank in ranks:
             self.watches[rank]._closing.set()
+            self.watches[rank].join()
 
     def close(self):
         for watch in self.watches:
             watch.close()
-            watch.join(20)
+            watch.join()
         for channel in self.channels:
             channel.close()
 
@@ -75,9 +133,12 @@ def nodes():
 @pytest.mark.parametrize(("lost", "speaker"), [((4, 5), 0), ((0, 1), 2)])
 def test_a_silent_node_is_named_once_and_all_ranks_leave(nodes, lost, speaker):
     found = nodes(3)
+    found.let_pass(3 * SILENCE)
     found.silence(*lost)
-    rest = set(range(6)) - set(lost)
-    found.until(lambda: set(found.said) == rest)
+    found.let_pass(0.9 * SILENCE)
+    assert found.said == {}, "all of them spoke within the limit"
+    found.let_pass(0.3 * SILENCE)
+    assert set(found.said) == set(range(6)) - set(lost)
     assert [rank for rank, (_, speaks) in found.said.items() if speaks] == [speaker]
     node = f"n{lost[0] // 2 + 1}"
     assert all(f"lost node {node} (ranks {lost[0]}–{lost[1]})" in text for text, _ in found.said.values())
@@ -86,78 +147,91 @@ def test_a_silent_node_is_named_once_and_all_ranks_leave(nodes, lost, speaker):
 def test_two_nodes_at_once_are_named_together_and_who_is_alone_says_so(nodes):
     found = nodes(3)
     found.silence(2, 3, 4, 5)
-    found.until(lambda: set(found.said) == {0, 1})
+    found.let_pass(1.2 * SILENCE)
+    assert set(found.said) == {0, 1}
     assert "node n1 hears none of the 2 other nodes" in found.said[0][0]
 
 
 def test_who_says_goodbye_is_not_lost(nodes):
     found = nodes(2)
     found.watches[2].close()
-    found.until(lambda: found.watches[0].has_left(2) and found.watches[0].has_left(3))
-    time.sleep(LIMIT + 1.0)
-    assert found.said == {}
+    found.settle()
+    assert found.watches[0].has_left(2) and found.watches[0].has_left(3)
+    found.let_pass(2 * SILENCE)
+    assert found.said == {} and found.watches[0].is_alive()
 
 
 def test_datagrams_of_others_are_not_believed(nodes):
     found = nodes(2)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        for data in (
-            b"\xff",
-            b"[]",
-            b"{}",
-            json.dumps({"token": "guess", "kind": "lost", "text": "x", "rank": 2}).encode(),
-        ):
-            stranger.sendto(data, found.channels[0].getsockname())
-    time.sleep(1.0)
+    for data in (
+        b"\xff",
+        b"[]",
+        b"{}",
+        json.dumps({"token": "guess", "kind": "lost", "text": "x", "rank": 2}).encode(),
+    ):
+        found.channels[3].sendto(data, found.channels[0].address)
+    found.settle()
     assert found.said == {} and found.watches[0].is_alive()
 
 
 def test_a_pause_of_its_own_is_not_the_silence_of_others(nodes, monkeypatch):
     found = nodes(2)
     watch = found.watches[0]
-    receive, paused = watch._receive, []
+    receive, paused, goes_on = watch._receive, threading.Event(), threading.Event()
 
     def pausing():
-        if not paused:
-            paused.append(time.sleep(1.5 * LIMIT))
-        return receive()
+        if paused.is_set():
+            return receive()
+        paused.set()
+        return not goes_on.wait(LIMIT)
 
     monkeypatch.setattr(watch, "_receive", pausing)
-    found.until(lambda: paused)
-    time.sleep(1.0)
-    assert 0 not in found.said
+    found.clock.now += BEAT
+    wait_until(paused.is_set)
+    found.let_pass(1.5 * SILENCE, without=(0,))
+    assert set(found.said) == {1, 2, 3}, "to the others it was lost"
+    goes_on.set()
+    found.settle()
+    assert 0 not in found.said and watch.is_alive()
 
 
 # --- stuck, superseded ----------------------------------------------------------------------------------------------
 
 
-def watched(tmp_path, rank, world, timeout, **options):
-    attempt = claim(tmp_path) if rank == 0 else None
-    left = threading.Event()
-    codes = []
+def watched(tmp_path, timeout):
+    """A monitor of a lone rank, on a clock that tests move: (it, its looks so far, set when it leaves, its codes)."""
+    left, codes, looks = threading.Event(), [], []
 
     def leave(code):
         codes.append(code)
         left.set()
 
-    monitor = Monitor(attempt, Topology(world, rank, 0), ["n1", "n2"][:world], None, timeout, leave, 0.1, **options)
-    return monitor, left, codes
+    monitor = Monitor(claim(tmp_path), Topology(1, 0, 0), ["n1"], None, timeout, leave, 0.01, Clock())
+    look = monitor._look
+    monitor._look = lambda: looks.append(look())
+    return monitor, looks, left, codes
 
 
-def test_progress_keeps_the_watchdog_quiet_and_its_lack_ends_the_run(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(monitors, "STACK_SECONDS", 0.2)
-    monitor, left, codes = watched(tmp_path, 0, 1, 3.0)
+def look_again(looks):
+    """Until it has looked once more, from beginning to end."""
+    seen = len(looks)
+    wait_until(lambda: len(looks) >= seen + 2)
+
+
+def test_progress_keeps_the_watchdog_quiet_and_its_lack_ends_the_run(tmp_path, capfd):
+    monitor, looks, left, codes = watched(tmp_path, 1800.0)
     monitor.start()
-    end = time.monotonic() + 5.0
-    while time.monotonic() < end:
+    for _ in range(3):
+        monitor._clock.now += 1799.0
+        look_again(looks)
+        assert codes == []
         monitor.progress()
-        time.sleep(0.05)
-    assert codes == []
-    assert left.wait(60)
-    monitor._closing.set()
+    monitor._clock.now += 1801.0
+    assert left.wait(LIMIT)
+    monitor.close("failed")
     assert set(codes) == {EXIT_LOST}
     said = capfd.readouterr().err
-    assert "no step, evaluation or checkpoint has ended for 0.05 minutes" in said
+    assert "no step, evaluation or checkpoint has ended for 30 minutes" in said
     assert "test_watch.py" in said and "rank 0 on n1 · collectives begun: none yet" in said, "the stack of this thread"
     attempt = monitor._attempt
     assert "test_watch.py" in (attempt.folder / "stack_rank_0.txt").read_text()
@@ -165,45 +239,50 @@ def test_progress_keeps_the_watchdog_quiet_and_its_lack_ends_the_run(tmp_path, c
 
 
 def test_a_superseded_attempt_leaves(tmp_path, capfd):
-    monitor, left, codes = watched(tmp_path, 0, 1, 0.0)
+    monitor, looks, left, codes = watched(tmp_path, 0.0)
     monitor.start()
-    time.sleep(0.5)
+    look_again(looks)
     assert codes == []
     claim(tmp_path)
-    assert left.wait(30) and codes[0] == EXIT_LOST
-    monitor._closing.set()
+    assert left.wait(LIMIT) and codes[0] == EXIT_LOST
+    monitor.close("failed")
     assert "attempt 2 has started" in capfd.readouterr().err
     assert how_it_ended(monitor._attempt)["kind"] == "superseded"
 
 
 def _one_rank_lags(topology, folder):
     """Rank 1 makes two collectives fewer than rank 0 waits for; both are seen by their watchdogs."""
-    from pathlib import Path
-
     from megameta.attempt import Attempt
 
+    monitors.STACK_SECONDS = LIMIT
     number, path = 1, Path(folder) / "logs" / "attempt_0001"
     if topology.is_main:
         claim(Path(folder))
     dist.barrier()
-    left = threading.Event()
-    monitor = Monitor(
-        Attempt(number, path), topology, ["n1", "n2"], None, 2.0, lambda code: left.set() or time.sleep(3600), 0.1
-    )
-    monitor.groups = {"world": dist.group.WORLD}
+    left, clock, group = threading.Event(), Clock(), dist.group.WORLD
+
+    def leave(code):
+        left.set()
+        threading.Event().wait()
+
+    monitor = Monitor(Attempt(number, path), topology, ["n1", "n2"], None, 1800.0, leave, 0.01, clock)
+    monitor.groups = {"world": group}
     for _ in range(3):
         dist.all_reduce(torch.ones(1))
     monitor.start()
+    begun = group._get_sequence_number_for_group()
     if topology.is_main:  # hangs in a collective that the other one never joins
         threading.Thread(target=lambda: dist.all_reduce(torch.ones(1)), daemon=True).start()
-    assert left.wait(60)
+        wait_until(lambda: group._get_sequence_number_for_group() > begun)
+    clock.now += 1801.0
+    assert left.wait(LIMIT)
     if not topology.is_main:
         dist.all_reduce(torch.ones(1))
     return how_it_ended(Attempt(number, path))
 
 
 def test_the_rank_that_is_waited_for_can_be_told(tmp_path):
-    said = run_ranks(_one_rank_lags, 2, str(tmp_path), timeout=120)[0]["message"]
+    said = run_ranks(_one_rank_lags, 2, str(tmp_path))[0]["message"]
     counts = [int(line.rpartition("world ")[2]) for line in said.splitlines() if line.strip().startswith("rank ")]
     assert len(counts) == 2 and counts[0] == counts[1] + 1, said
     assert "rank 1 on n2" in said
@@ -244,13 +323,14 @@ def test_the_heartbeat_is_whole_at_every_moment(tmp_path):
     thread = threading.Thread(target=writing)
     thread.start()
     try:
-        deadline, last = time.monotonic() + 30, 0
-        while last < 200 and time.monotonic() < deadline:
+        last = 0
+        while last < 200:
             found = read_heartbeat(tmp_path)
-            if found is not None:
-                assert found["attempt"] == 3 and found["step"] >= last
-                last = found["step"]
+            if found is None:  # not there, or not whole
+                assert last == 0
+                continue
+            assert found["attempt"] == 3 and found["step"] >= last
+            last = found["step"]
     finally:
         stop.set()
         thread.join()
-    assert last >= 200
