@@ -1,6 +1,7 @@
 """What holds for the whole suite: one kit (``tests/support``), one thread of torch, no network, heavy files first."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -9,12 +10,41 @@ import pytest
 import torch
 
 from tests.support.server import start as start_server
+from tests.support.shared import Shared
 
 STARTERS = ("tests.support.ranks", "tests.support.commands", "tests.support.server")
 SCENARIOS = Path(__file__).parent / "scenarios"
 
 pytest.register_assert_rewrite("tests.support")
 torch.set_num_threads(1)  # the shapes are tiny: one is faster than several, and leaves the cores to other tests
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """What all workers share; see ``tests/support/shared.py``."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    things = Shared(folder)
+    yield things
+    things.check()
+
+
+@pytest.fixture(scope="session")
+def corpus(shared: Shared) -> str:
+    """The prefix of a tiny tokenised corpus: 4000 tokens of 60, documents of 1 to 300 tokens. Not to be changed."""
+    from tests.support.training import write_corpus  # imports the trainer
+
+    return str(shared.get("corpus", lambda folder: write_corpus(folder / "text")) / "text")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shared: Shared) -> str:
+    """The folder of a byte-level BPE of 300 entries. Not to be changed."""
+    from megameta.data.train_tokenizer import train_bpe
+    from tests.support.preprocessing import CORPUS
+
+    return str(shared.get("tokenizer", lambda folder: train_bpe(iter(CORPUS), 300, folder)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

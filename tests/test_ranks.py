@@ -39,7 +39,7 @@ def _die_on_one(topology):
 
 
 def _children():
-    server._context()  # it stays
+    server.start()  # it stays
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 

@@ -6,12 +6,13 @@ import pytest
 
 from megameta.analysis.subject import Subject
 from tests.support.analyses import subject_of, train_tiny
+from tests.support.shared import Shared
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(shared: Shared) -> Path:
     """A folder with held-out text (text, idx: valid) and the run ``run``; its recording of analyses is on."""
-    return train_tiny(tmp_path_factory.mktemp("analysed"))
+    return shared.get("analysed", train_tiny)
 
 
 @pytest.fixture(scope="session", params=["documents", "one text"])

@@ -14,7 +14,7 @@ from megameta.train.schedule import learning_rate
 from megameta.validate import problems
 from tests.support.analyses import subject_of
 from tests.support.ranks import run_ranks
-from tests.support.training import step_loader, tiny_config, tiny_values, weights_digest, write_corpus
+from tests.support.training import step_loader, tiny_config, tiny_values, weights_digest
 
 STEPS = 6
 
@@ -52,9 +52,9 @@ def _both(topology, corpus, cases):
         pytest.param([(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")], marks=pytest.mark.slow),
     ],
 )
-def test_training_does_not_notice(tmp_path, cases):
+def test_training_does_not_notice(corpus, cases):
     """Bitwise, under every ZeRO stage and in bf16."""
-    by_rank = run_ranks(_both, 2, write_corpus(tmp_path / "text"), cases)
+    by_rank = run_ranks(_both, 2, corpus, cases)
     for case in cases:
         for found in by_rank:
             (results, weights, none), (watched, weights_watched, measured) = found[case]

@@ -4,11 +4,6 @@ import fcntl
 import gzip
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,41 +19,13 @@ from megameta.data.readers import read_blocks
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
-from tests.support.commands import TIMEOUT, run_command
-
-TOOL = "tools/preprocess_data.py"
-CORPUS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell all day; the cat slept on, 123 times."] * 20
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bpe")
-    train_bpe(iter(CORPUS), 300, folder)
-    return str(folder)
-
-
-def documents(count, seed=0):
-    draws = random.Random(seed)
-    return [
-        {
-            "text": f"{number} " + draws.choice(CORPUS) * draws.randrange(12),
-            "title": draws.choice(["", "a", ["b", "c"]]),
-        }
-        for number in range(count)
-    ]
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+from tests.support.commands import run_command
+from tests.support.preprocessing import CORPUS, TOOL, documents, lines, output
 
 
 def options(tokenizer, inputs, prefix, **settings):
     choice = TokenizerChoice(path=tokenizer)
     return PreprocessOptions([str(name) for name in inputs], str(prefix), choice, **settings)
-
-
-def output(prefix, keys=("text",)):
-    return [Path(f"{prefix}_{key}_document{end}").read_bytes() for key in keys for end in (".bin", ".idx")]
 
 
 class Stopped(Exception):
@@ -144,60 +111,6 @@ def test_stopped_again_and_again(tokenizer, tmp_path, kind, small_blocks):
     assert counts.documents == 700 and not (tmp_path / "o.partial").exists()
     assert any(text.startswith("going on from ") and "documents done" in text for text in told)
     assert any("the same command goes on" in text for text in told)
-
-
-def command(tokenizer, file, prefix, *flags):
-    return [sys.executable, TOOL, "--input", str(file), "--output-prefix", str(prefix), "--tokenizer", tokenizer,
-            "--append-eod", "--json-keys", "text", "title", *map(str, flags)]  # fmt: skip
-
-
-def wait_for_commit(run, journal):
-    """Until the command has committed anew; False where it has ended."""
-
-    def when():
-        try:
-            return journal.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
-
-    before = when()
-    while run.poll() is None and when() in (None, before):
-        time.sleep(0.005)
-    return run.poll() is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_killed_at_random_moments(tokenizer, tmp_path, name):
-    """After none to three commits of a start; until there have been 20 kills, and 5 starts that went on."""
-    data = lines(documents(40_000))  # some 14 MB, 14 blocks
-    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
-    subprocess.run(command(tokenizer, tmp_path / name, tmp_path / "whole", "--workers", 1), check=True, timeout=TIMEOUT)
-    draws, journal = random.Random(name), tmp_path / "o.partial" / "journal.json"
-    kills = went_on = 0
-    last = False
-    while not last:
-        last = kills >= 20 and went_on >= 5
-        flags = ("--workers", 1 + kills % 3, "--commit-interval", 0.02)
-        words, unfinished = command(tokenizer, tmp_path / name, tmp_path / "o", *flags), journal.exists()
-        run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        commits = draws.choice([0, 1, 1, 2, 3])
-        if not last:
-            alive = all(wait_for_commit(run, journal) for _ in range(commits))
-            time.sleep(draws.uniform(0, 0.05 if commits else 2.0))  # any moment will do
-            kills += alive
-            run.kill()
-        errors = run.communicate(timeout=TIMEOUT)[1]
-        assert run.returncode in ((0,) if last else (0, -signal.SIGKILL)), errors
-        went_on += "going on from" in errors
-        if commits or run.returncode == 0:
-            assert ("going on from" in errors) == unfinished, errors
-        # A kill after the last rename, before the process ended, leaves finished work too.
-        if run.returncode == 0 or (not journal.exists() and (tmp_path / "o_title_document.idx").exists()):
-            assert output(tmp_path / "o", ["text", "title"]) == output(tmp_path / "whole", ["text", "title"])
-            assert not journal.exists()
-            for file in tmp_path.glob("o_*"):
-                file.unlink()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

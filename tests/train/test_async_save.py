@@ -18,7 +18,7 @@ from megameta.checkpoint.tensor_file import TensorWriter
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import hashes, records
-from tests.support.training import tiny_config, write_corpus
+from tests.support.training import tiny_config
 from tests.support.waiting import LIMIT, wait_until
 
 STEPS = 6
@@ -134,9 +134,9 @@ def _disk_fails(topology, corpus, root):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, corpus):
     root = tmp_path_factory.mktemp("two")
-    return root, run_ranks(_two_ranks, 2, write_corpus(root / "corpus"), str(root))
+    return root, run_ranks(_two_ranks, 2, corpus, str(root))
 
 
 def test_the_same_checkpoints_as_without(two):
@@ -202,8 +202,8 @@ def _gone_on(topology, corpus, root):
     return [run(make_trainer(corpus, f"{root}/{name}", topology)) for name in ("killed", "stopped", "whole")]
 
 
-def test_a_kill_between_copy_and_publication(tmp_path):
-    corpus, root = write_corpus(tmp_path / "corpus"), str(tmp_path)
+def test_a_kill_between_copy_and_publication(tmp_path, corpus):
+    root = str(tmp_path)
     stopped, killed, whole = (tmp_path / name for name in ("stopped", "killed", "whole"))
     with pytest.raises(RankError, match="-9"):
         run_ranks(_stopped_and_killed, 1, corpus, root)

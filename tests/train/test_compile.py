@@ -17,7 +17,7 @@ from megameta.train.pipeline_engine import make_engine
 from megameta.validate import problems
 from tests.support.needs import needs_cxx
 from tests.support.ranks import run_ranks
-from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest, write_corpus
+from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest
 
 STEPS = 4
 
@@ -48,11 +48,6 @@ def _run(topology, corpus):
         loader.close()
         engine.destroy()
     return reports
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
 
 
 @needs_cxx

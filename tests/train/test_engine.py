@@ -21,7 +21,6 @@ from tests.support.training import (
     tiny_config,
     training_set,
     weights_digest,
-    write_corpus,
 )
 
 STEPS, MOVE_AT, BF16_STEPS = 12, 6, 4
@@ -154,11 +153,6 @@ def _everything(topology, corpus):
         report["poisoned", stage] = _poisoned(topology, corpus, stage)
         report["bad gradient", stage] = _bad_gradient(topology, corpus, stage)
     return report
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +293,6 @@ def _uneven(topology, corpus):
     return same, all(torch.equal(tensor, drawn[name][: len(tensor)]) for name, tensor in weights.items())
 
 
-def test_zero_3_on_ranks_that_do_not_divide_the_parameters(tmp_path):
+def test_zero_3_on_ranks_that_do_not_divide_the_parameters(corpus):
     """DeepSpeed's own safe_set_full_optimizer_state fails on the last of them."""
-    assert run_ranks(_uneven, 3, write_corpus(tmp_path / "corpus")) == [(True, True)] * 3
+    assert run_ranks(_uneven, 3, corpus) == [(True, True)] * 3

@@ -9,7 +9,7 @@ from megameta.errors import UserError
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import check_replicas, checksum, differing_replicas
 from tests.support.ranks import run_ranks
-from tests.support.training import tiny_config, write_corpus
+from tests.support.training import tiny_config
 
 
 def test_any_bit_changes_the_checksum():
@@ -63,8 +63,8 @@ def _flip_each(topology, corpus):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return run_ranks(_flip_each, 2, write_corpus(tmp_path_factory.mktemp("replicas") / "corpus"))
+def outcomes(corpus):
+    return run_ranks(_flip_each, 2, corpus)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from megameta.config import RunConfig
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK
 from tests.support.ranks import run_ranks
 from tests.support.runs import hashes, records
-from tests.support.training import tiny_config, write_corpus
+from tests.support.training import tiny_config
 
 STAGES = (0, 1, 2, 3)
 STEPS = 10
@@ -65,9 +65,8 @@ def _all_stages(topology, corpus, root):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
-def runs(request, tmp_path_factory):
+def runs(request, tmp_path_factory, corpus):
     root = tmp_path_factory.mktemp("resume")
-    corpus = write_corpus(root / "corpus")
     return root, run_ranks(_all_stages, request.param, corpus, str(root))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from megameta.train.pipeline_engine import make_engine
 from tests.support.ranks import run_ranks
-from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, write_corpus
+from tests.support.training import oracle_run, step_loader, take_steps, tiny_config
 
 STEPS = 4
 VARIANTS: dict[str, dict] = {
@@ -42,11 +42,6 @@ def _train_all(topology, corpus):
         loader.close()
         engine.destroy()
     return found
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("variants") / "corpus")
 
 
 @pytest.fixture(scope="module")
