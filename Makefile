@@ -11,13 +11,18 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 	$(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Options of tools/quickstart.py and pytest, as in: make quickstart ARGS=--fresh, make test ARGS="-m 'not slow'"
 ARGS ?=
+# Tests run on every core, a file at a time; where ARGS names files or folders of them, in one process: it starts sooner.
+WORKERS ?= $(if $(findstring tests/,$(ARGS)),0,logical)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-grid torture check bench bare clean
+.PHONY: help quickstart test test-scenarios coverage test-grid torture check bench bare clean
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
-	@echo "make test        run the tests (45 minutes)"
+	@echo "make test        every behaviour (under 10 minutes on 2 cores)"
+	@echo "make test-scenarios  what takes many programs: a SLURM cluster, kills, the whole line, layouts (7 minutes)"
+	@echo "make coverage    both, with the lines and branches that they reach"
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
 	@echo "make check       ruff, its formatter, mypy"
@@ -31,14 +36,23 @@ quickstart: $(VENV)/.installed
 
 test-grid: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m grid
-	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/parity_grid.py --output docs/parity.md $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.parity_grid --output docs/parity.md $(ARGS)
 
 # Kills hundreds of processes and takes half an hour on an idle machine; the tests hold a short version.
 torture: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/torture.py --output docs/reliability.md $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.torture --output docs/reliability.md $(ARGS)
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-scenarios: $(VENV)/.installed
+	@$(PYTEST) -m scenario $(if $(findstring tests/,$(ARGS)),,tests/scenarios) $(ARGS)
+
+# Of every process that they start, too.
+coverage: $(VENV)/.installed
+	@rm -f .coverage .coverage.*
+	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n logical --dist loadfile -q -m 'not grid' $(ARGS)
+	@$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report --skip-covered --sort=cover
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -53,7 +67,7 @@ bare:
 	@tests/bare.sh
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info quickstart
+	rm -rf $(VENV) .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info quickstart
 
 # DeepSpeed is built from source and looks at torch and setuptools while it is: they come first, and builds use them.
 $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS)

@@ -1,6 +1,6 @@
 """Every layout against one process: ``make test-grid``. Writes docs/parity.md and fails where a bound is broken.
 
-    python tests/parity_grid.py [--output docs/parity.md] [--worlds 1 2 4 8]
+    python -m tests.parity_grid [--output docs/parity.md] [--worlds 1 2 4 8]
 
 Every TP × PP × DP × ZeRO layout of 1, 2, 4 and 8 processes runs once with all switches on; a pairwise covering of the
 other factors runs over a choice of layouts. Processes are started once a world size; a case that breaks them is run
@@ -17,12 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "train"), str(HERE / "parallel"), str(HERE / "model")]
+import torch
 
-import torch  # noqa: E402
-
-from tests.support.layouts import (  # noqa: E402
+from tests.support.layouts import (
     FACTORS,
     STEPS,
     TOLERANCE,
@@ -35,9 +32,9 @@ from tests.support.layouts import (  # noqa: E402
     reference,
     run_cases,
 )
-from tests.support.models import covering  # noqa: E402
-from tests.support.moves import LAYOUTS, START, go_on_many, worst_loss  # noqa: E402
-from tests.support.ranks import RankError, run_ranks  # noqa: E402
+from tests.support.models import covering
+from tests.support.moves import LAYOUTS, START, go_on_many, worst_loss
+from tests.support.ranks import RankError, run_ranks
 
 #: Layouts over which the other factors are covered pairwise.
 COVERED = ((2, 1, 2, 1), (2, 1, 1, 2), (2, 1, 1, 3), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 0))

@@ -1,6 +1,6 @@
 """Kill runs at random moments and damage checkpoints at random places: ``make torture``. Writes docs/reliability.md.
 
-    python tests/torture.py [--kills 100] [--damages 1000] [--minutes N] [--output docs/reliability.md] [--seed 0]
+    python -m tests.torture [--kills 100] [--damages 1000] [--minutes N] [--output docs/reliability.md] [--seed 0]
 
 The exit code is 1 where anything is lost, left behind, or not noticed. Seconds and moments differ from time to time;
 what is drawn (targets, aims, places) follows from the seed.
@@ -16,17 +16,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "train"), str(HERE / "parallel"), str(HERE / "checkpoint")]
+import deepspeed
+import torch
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-
-from megameta.checkpoint import open_checkpoint  # noqa: E402
-from megameta.train.display import duration  # noqa: E402
-from tests.support.damages import KINDS, damage_many, rewritten_by_one_process  # noqa: E402
-from tests.support.killed_run import KEEP, RANKS  # noqa: E402
-from tests.support.kills import TARGETS, Outcome, Plan, Torturer  # noqa: E402
+from megameta.checkpoint import open_checkpoint
+from megameta.train.display import duration
+from tests.support.damages import KINDS, damage_many, rewritten_by_one_process
+from tests.support.killed_run import KEEP, RANKS
+from tests.support.kills import TARGETS, Outcome, Plan, Torturer
 
 #: Steps of a run; some forty kills long.
 STEPS = 60
@@ -106,7 +103,7 @@ def report(arguments: argparse.Namespace, outcome: Outcome, damages: Damages, el
     lines = [
         "# What a run and its checkpoints survive",
         "",
-        f"Written by `make torture` (`tests/torture.py --kills {arguments.kills} --damages {arguments.damages}"
+        f"Written by `make torture` (`python -m tests.torture --kills {arguments.kills} --damages {arguments.damages}"
         f" --seed {arguments.seed}`; {duration(elapsed)} h). Machine: {os.cpu_count()} cores, shared with other jobs,"
         f" {platform.machine()}, CPU, gloo. Python {platform.python_version()}, torch {torch.__version__}, deepspeed"
         f" {deepspeed.__version__}.",

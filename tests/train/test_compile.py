@@ -1,6 +1,6 @@
 """Compiled blocks: the machine's own code against the oracle, the same bits again, names and evaluation untouched.
 
-That each layout trains the same compiled is tested in tests/parallel/test_parity.py.
+That each layout trains the same compiled is tested in tests/scenarios/test_parity.py.
 """
 
 import shutil
