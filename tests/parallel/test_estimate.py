@@ -282,7 +282,4 @@ def test_steps_on_gloo(case: str) -> None:
         print(f"{case}, rank {rank}: kept {kept:.0f} / {step.saved:.0f}, peak {peak:.0f} / {step.peak}")
         if not layout.checkpointing and layout.zero_stage < 3:  # ZeRO 3 saves gathered parameters, which come and go
             assert kept == pytest.approx(step.saved, rel=0.05)
-        if layout.pipeline == 1:
-            assert peak == pytest.approx(step.peak, rel=0.15)
-        else:  # how much is in flight at once hangs on the stages' timing; seen from 0.94 to 1.24 on a busy machine
-            assert 0.85 * step.peak <= peak <= 1.35 * step.peak
+        assert peak == pytest.approx(step.peak, rel=0.15)

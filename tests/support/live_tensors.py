@@ -55,7 +55,15 @@ class LiveTensors(TorchDispatchMode):
     def known(self, tensors: Iterable[Tensor]) -> None:
         """Not to be counted: they were there before."""
         for tensor in tensors:
-            self._sizes[tensor.untyped_storage()._cdata] = 0
+            self._note(tensor.untyped_storage(), 0)
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Until it is freed: its address is another one's then. Which one's hangs on what threads do meanwhile."""
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
@@ -68,11 +76,7 @@ class LiveTensors(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 continue
             storage = leaf.untyped_storage()
-            if storage._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata)
+            self._note(storage, storage.nbytes())
         return out
 
 
