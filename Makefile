@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 ARGS ?=
 # Tests run on every core, a file at a time; where ARGS names files or folders of them, in one process: it starts sooner.
 WORKERS ?= $(if $(findstring tests/,$(ARGS)),0,logical)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-scenarios coverage test-grid torture check bench bare clean
@@ -51,7 +51,7 @@ test-scenarios: $(VENV)/.installed
 # Of every process that they start, too.
 coverage: $(VENV)/.installed
 	@rm -f .coverage .coverage.*
-	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n logical --dist loadfile -q -m 'not grid' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n logical --dist loadfile --no-loadscope-reorder -q -m 'not grid' $(ARGS)
 	@$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report --skip-covered --sort=cover
 
 check: $(VENV)/.installed

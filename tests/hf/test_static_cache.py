@@ -160,7 +160,6 @@ def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
 
 @needs_cxx
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_with_the_compilers_own_kernels() -> None:
     config, wrapper = writing_metas()
