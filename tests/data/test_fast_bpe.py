@@ -49,16 +49,27 @@ def split(flat):
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
 
+def differing_of(points, join, tokenizer, fast):
+    """Those of the code points that the two encode differently, asked ``join`` at a time first."""
+    groups = [points[start : start + join] for start in range(0, len(points), join)]
+    texts = ["".join(CONTEXT.format(chr(point)) for point in group) for group in groups]
+    found = [fast._encoding.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
+    expected = tokenizer._encode_exactly(texts)
+    suspects = [
+        point for group, one, other in zip(groups, found, expected, strict=True) if one != other for point in group
+    ]
+    return suspects if join == 1 or not suspects else differing_of(suspects, 1, tokenizer, fast)
+
+
 def test_every_code_point(tokenizer, fast):
     """The committed list of differing code points is exactly the list of those that differ."""
     differing = []
-    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
-    for start in range(0, len(points), 1 << 14):
-        part = points[start : start + (1 << 14)]
-        texts = [CONTEXT.format(chr(point)) for point in part]
-        found = [fast._encoding.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
-        expected = tokenizer._encode_exactly(texts)
-        differing += [point for point, one, other in zip(part, found, expected, strict=True) if one != other]
+    for start in range(0, 0x110000, 1 << 14):
+        points = [point for point in range(start, start + (1 << 14)) if not 0xD800 <= point < 0xE000]
+        # Unicode has given out no code point of planes 4 to 13, and 15 and 16 are private: no spaces, letters or
+        # digits, so that what stands beside a context decides nothing about it.
+        crowded = start >> 16 in (0, 1, 2, 3, 14)
+        differing += differing_of(points, 1 if crowded else 64, tokenizer, fast)
     assert tuple(differing) == fast_bpe.DIFFERING
 
 

@@ -1,4 +1,4 @@
-"""The engine under every ZeRO stage, on one and two ranks, against a plain float64 loop (see tests/support/training.py)."""
+"""The engine under every ZeRO stage, on one and two ranks, against a plain float64 loop (tests/support/training.py)."""
 
 import math
 
