@@ -25,7 +25,15 @@ from tests.support.waiting import wait_until
 #: A limit against hanging, in seconds; everything here takes less than a tenth of it on an idle machine.
 TIMEOUT = 1200.0
 #: What a launcher, a test runner or SLURM would pass on to a command that a person did not start under them.
-_NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
+_NOT_PASSED_ON = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTEST_CURRENT_TEST",
+    "PYTHONDONTWRITEBYTECODE",
+)
 
 
 def plain_environment(**changes: str) -> dict[str, str]:
