@@ -18,7 +18,6 @@ from tests.support.server import PRELOAD, ROOT
 from tests.support.training import step_loader, take_steps, tiny_config, weights_digest
 from tests.support.waiting import wait_until
 
-
 SEED = 5
 
 
