@@ -6,6 +6,7 @@ digest is also tried on a small vocabulary of the same kind.
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ CORPUS = [
 ] * 10
 #: Every code point alone and next to letters, digits, signs and spaces of both sorts, doubled and at both ends.
 CONTEXT = "{0}a {0}x{0}{0}b1{0}2 {0} {0}{0} .{0}.  {0}y'{0}\n{0}\n\n{0}"
+
+SHORT_CONTEXT = "a{0}{0} {0}1{0}."
 
 
 @pytest.fixture(scope="module", params=["small", "gpt2"])
@@ -49,16 +52,14 @@ def split(flat):
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
 
-def differing_of(points, join, tokenizer, fast):
+def differing_of(points, join, context, tokenizer, fast):
     """Those of the code points that the two encode differently, asked ``join`` at a time first."""
     groups = [points[start : start + join] for start in range(0, len(points), join)]
-    texts = ["".join(CONTEXT.format(chr(point)) for point in group) for group in groups]
+    texts = ["".join(context.format(chr(point)) for point in group) for group in groups]
     found = [fast._encoding.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
     expected = tokenizer._encode_exactly(texts)
-    suspects = [
-        point for group, one, other in zip(groups, found, expected, strict=True) if one != other for point in group
-    ]
-    return suspects if join == 1 or not suspects else differing_of(suspects, 1, tokenizer, fast)
+    suspects = [p for group, one, other in zip(groups, found, expected, strict=True) if one != other for p in group]
+    return suspects if join == 1 or not suspects else differing_of(suspects, 1, context, tokenizer, fast)
 
 
 def test_every_code_point(tokenizer, fast):
@@ -66,11 +67,14 @@ def test_every_code_point(tokenizer, fast):
     differing = []
     for start in range(0, 0x110000, 1 << 14):
         points = [point for point in range(start, start + (1 << 14)) if not 0xD800 <= point < 0xE000]
-        # Unicode has given out no code point of planes 4 to 13, and 15 and 16 are private: no spaces, letters or
-        # digits, so that what stands beside a context decides nothing about it.
-        crowded = start >> 16 in (0, 1, 2, 3, 14)
-        differing += differing_of(points, 1 if crowded else 64, tokenizer, fast)
-    assert tuple(differing) == fast_bpe.DIFFERING
+        # Side by side, contexts still show to which class each library counts a code point. What ends a text is another
+        # matter with white space alone, where the pattern looks ahead.
+        spaces = [p for p in points if chr(p).isspace() or unicodedata.category(chr(p))[0] == "Z"]
+        # Nothing has been given out in planes 4 to 13, and 15 and 16 are private: their class is all there is to see.
+        context = CONTEXT if start >> 16 in (0, 1, 2, 3, 14) else SHORT_CONTEXT
+        differing += differing_of([p for p in points if p not in spaces], 64, context, tokenizer, fast)
+        differing += differing_of(spaces, 1, context, tokenizer, fast)
+    assert tuple(sorted(differing)) == fast_bpe.DIFFERING
 
 
 def test_every_token_alone_is_itself(tokenizer):

@@ -13,6 +13,11 @@ LATE = (
     "deepspeed.ops",
     "deepspeed.pipe",
     "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine; its torch.compile imports all of inductor
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "setuptools",  # by what DeepSpeed looks up at an engine's start
     "torch._dynamo",
     "torch.distributed.nn.functional",
     "torch.utils.tensorboard",

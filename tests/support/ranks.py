@@ -56,7 +56,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return _collect(processes, pipes, deadline, timeout)
     finally:
         for process in processes:
-            process.join(timeout=20.0 if sys.exc_info()[0] is None else 0.0)
+            process.join(timeout=5.0 if sys.exc_info()[0] is None else 0.0)
             if process.is_alive():
                 process.kill()
             process.join()
