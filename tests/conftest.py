@@ -15,7 +15,6 @@ from tests.support.shared import Shared
 STARTERS = ("tests.support.ranks", "tests.support.commands", "tests.support.server")
 SCENARIOS = Path(__file__).parent / "scenarios"
 
-pytest.register_assert_rewrite("tests.support")
 torch.set_num_threads(1)  # the shapes are tiny: one is faster than several, and leaves the cores to other tests
 
 

@@ -22,6 +22,7 @@ def _sum_of_ranks(topology, offset):
 
 def _fail_on_one(topology, failing):
     if topology.rank == failing:
+        print("what it had printed", flush=True)
         raise ValueError("the reason")
     dist.barrier()  # waits for the rank that is gone
 
@@ -58,6 +59,7 @@ def test_an_exception_names_its_rank_and_a_death_its_code(monkeypatch):
         run_ranks(_fail_on_one, 2, 1)
     monkeypatch.undo()
     assert "ValueError: the reason" in caught.value.failures[1]
+    assert any("rank 1 printed:\nwhat it had printed" in note for note in caught.value.__notes__)
     assert "ValueError" not in caught.value.failures.get(0, "")
     with pytest.raises(RankError) as caught:
         run_ranks(_die_on_one, 2)

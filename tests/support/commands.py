@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.runs import last_step
-from tests.support.server import FIXED, ROOT, fork_process, leave
+from tests.support.server import FIXED, ROOT, fork_process, leave, redirect
 from tests.support.waiting import wait_until
 
 #: A limit against hanging, in seconds; everything here takes less than a tenth of it on an idle machine.
@@ -181,10 +181,7 @@ def one_error(said: str) -> str:
 def _run(arguments: Sequence[str], folder: str, output: str, errors: str, session: bool) -> None:
     if session:
         os.setsid()
-    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
-        opened = os.open(path, mode | (os.O_APPEND if number else 0))
-        os.dup2(opened, number)
-        os.close(opened)
+    redirect(output, errors)
     os.chdir(folder)
     leave(_main(arguments))
 

@@ -10,14 +10,16 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-from tests.support.server import FIXED, fork_process
+from tests.support.server import FIXED, fork_process, redirect
 
 #: Seconds that the other ranks get to report once one has failed; they often wait for the one that is gone.
 GRACE_SECONDS = 60.0
@@ -45,15 +47,23 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
     processes, pipes = [], []
     deadline = time.monotonic() + timeout
+    folder = tempfile.TemporaryDirectory(prefix="ranks-")
+    printed = [Path(folder.name) / f"rank-{rank}" for rank in range(world_size)]
+    for file in printed:
+        file.touch()
     try:
         for rank in range(world_size):
             ours, theirs = Pipe(duplex=False)
             environment = {**os.environ, **FIXED, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            words = (theirs, function, args, rank, world_size)
+            words = (theirs, function, args, rank, world_size, str(printed[rank]))
             processes.append(fork_process(_rank, *words, environment=environment))
             theirs.close()
             pipes.append(ours)
         return _collect(processes, pipes, deadline, timeout)
+    except RankError as error:
+        for rank in error.failures:
+            error.add_note(f"--- rank {rank} printed:\n{printed[rank].read_text(errors='replace')[-4000:]}")
+        raise
     finally:
         for process in processes:
             process.join(timeout=5.0 if sys.exc_info()[0] is None else 0.0)
@@ -62,6 +72,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             process.join()
         for pipe in pipes:
             pipe.close()
+        folder.cleanup()
 
 
 def _free_port() -> int:
@@ -96,7 +107,10 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: fl
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(pipe: Connection, function: Callable[..., Any], args: tuple, rank: int, world_size: int) -> None:
+def _rank(
+    pipe: Connection, function: Callable[..., Any], args: tuple, rank: int, world_size: int, printed: str
+) -> None:
+    redirect(output=printed, errors=printed)
     try:
         import torch
         import torch.distributed as dist

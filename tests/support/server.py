@@ -58,6 +58,14 @@ def _enter(function: Callable[..., Any], args: tuple, environment: dict[str, str
     function(*args)
 
 
+def redirect(output: str, errors: str) -> None:
+    """Nothing to read, and two files that are appended to, as a forked process's standard streams."""
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
+        opened = os.open(path, mode | (os.O_APPEND if number else 0))
+        os.dup2(opened, number)
+        os.close(opened)
+
+
 def leave(code: int) -> NoReturn:
     """End a forked process as an interpreter ends: its threads, its ``atexit`` functions, its buffers, its code."""
     threading._shutdown()
