@@ -48,11 +48,12 @@ def tokenizer(shared: Shared) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the scenarios; put files that start processes first, so that no long one is left to a single worker."""
+    """Mark the scenarios; put files that start processes or are slow first, so that no worker is left alone with one."""
     for item in items:
         if SCENARIOS in item.path.parents:
             item.add_marker(pytest.mark.scenario)
-    items.sort(key=lambda item: not _starts_processes(item))
+    heavy = {item.path for item in items if item.get_closest_marker("slow") or _starts_processes(item)}
+    items.sort(key=lambda item: item.path not in heavy)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
