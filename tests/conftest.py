@@ -48,7 +48,7 @@ def tokenizer(shared: Shared) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the scenarios; put files that start processes or are slow first, so that no worker is left alone with one."""
+    """Mark the scenarios; files that start processes or are slow come first: no worker is left alone with one."""
     for item in items:
         if SCENARIOS in item.path.parents:
             item.add_marker(pytest.mark.scenario)

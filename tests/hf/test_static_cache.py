@@ -1,17 +1,14 @@
 """``generate`` over a cache of fixed size, eager and compiled: the tokens of a cache that grows."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from transformers import CompileConfig
 
 from megameta.hf.cache import MegametaCache
 from megameta.hf.insertion import MetaPolicy, MetaTokenInserter
 from megameta.model import DecodingCache
 from megameta.model.fixed_cache import ROOM, FixedCache
 from tests.support.exports import make_pair, padded_batch
-from tests.support.needs import needs_cxx
+from tests.support.generation import compiling, fresh_compiler, generate, writing_metas
 
 CASES = [
     {"position": "rope"},
@@ -22,35 +19,6 @@ CASES = [
     {"meta_attention": False},
     {"num_key_value_heads": 2, "qk_norm": True, "parallel_residual": True, "activation": "swiglu"},
 ]
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled by other tests, of which there may be only so much in a process; nor by this one for others."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def writing_metas(**case):
-    """A model that now and then writes a meta-token."""
-    config, _, wrapper = make_pair(tie_embeddings=False, **case)
-    with torch.no_grad():
-        wrapper.lm_head.weight[config.meta_token_id] *= 2
-    return config, wrapper
-
-
-def generate(wrapper, ids, mask, **arguments):
-    return wrapper.generate(
-        ids, **{"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0} | arguments
-    )
-
-
-def compiling(**options) -> CompileConfig:
-    config = CompileConfig(fullgraph=True, mode=None, **options)
-    config._compile_all_devices = True  # transformers compiles by itself on GPUs alone
-    return config
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -138,8 +106,8 @@ def test_refusals() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
+@fresh_compiler()
 def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
     """Two graphs, of steps with and without meta-tokens, whatever the lengths; no break in them."""
     config, wrapper = writing_metas(**case)
@@ -156,16 +124,3 @@ def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
     assert torch.equal(
         generate(wrapper, ids, mask, cache_implementation="static", **chunks), generate(wrapper, ids, mask)
     )
-
-
-@needs_cxx
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_with_the_compilers_own_kernels() -> None:
-    config, wrapper = writing_metas()
-    ids, mask = padded_batch(config)
-    compiled = {"cache_implementation": "static", "compile_config": compiling()}
-    expected = generate(wrapper, ids, mask)
-    assert torch.equal(generate(wrapper, ids, mask, **compiled), expected)
-    wrapper.forward = torch.compile(wrapper.forward, dynamic=True)  # by hand, over a cache that grows
-    assert torch.equal(generate(wrapper, ids, mask), expected)
