@@ -15,15 +15,16 @@ unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # Tests run on every core, a file at a time; where ARGS names files or folders of them, in one process: it starts sooner.
 WORKERS ?= $(if $(findstring tests/,$(ARGS)),0,logical)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+SPREAD := --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-scenarios coverage test-grid torture check bench bare clean
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
-	@echo "make test        every behaviour (under 10 minutes on 2 cores)"
-	@echo "make test-scenarios  what takes many programs: a SLURM cluster, kills, the whole line, layouts (7 minutes)"
+	@echo "make test        every behaviour (12 minutes on 2 cores)"
+	@echo "make test-scenarios  what takes many programs: a SLURM cluster, kills, the whole line, layouts (15 minutes)"
 	@echo "make coverage    both, with the lines and branches that they reach"
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"
@@ -53,7 +54,7 @@ test-scenarios: $(VENV)/.installed
 # Of every process that they start, too.
 coverage: $(VENV)/.installed
 	@rm -f .coverage .coverage.*
-	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n logical --dist loadfile --no-loadscope-reorder -q -m 'not grid' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n logical $(SPREAD) -q -m 'not grid' $(ARGS)
 	@$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report --skip-covered --sort=cover
 
 check: $(VENV)/.installed

@@ -23,7 +23,8 @@ from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
 from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
-from tests.support.analyses import run_megameta, subject_of
+from tests.support.analyses import subject_of
+from tests.support.commands import run_command
 from tests.support.training import tiny_values, write_corpus
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -115,8 +116,7 @@ def fine_tune_tiny(folder: Path) -> Path:
     )
     del values["data"]["train"]
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    ended = run_megameta(folder, "finetune", "run.yaml")
-    assert ended.returncode == 0, ended.stderr
+    run_command(folder, "megameta", "finetune", "run.yaml", check=True)
     return folder / "run"
 
 

@@ -1,7 +1,6 @@
-"""A tiny trained model, and what attention and residuals are in it, in float64 from the dense oracle of tests/model."""
+"""A tiny trained model, and what attention and residuals are in it, in float64 from the dense oracle (oracle.py)."""
 
 import math
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,13 +16,7 @@ from tests.support import oracle
 from tests.support.commands import run_command
 from tests.support.training import tiny_values, write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HEADS, SAMPLES = 3, 4, 6
-
-
-def run_megameta(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A ``megameta`` command to its end."""
-    return run_command(folder, "megameta", *arguments)
 
 
 def train_tiny(folder: Path) -> Path:
@@ -44,8 +37,7 @@ def train_tiny(folder: Path) -> Path:
         log__tensorboard=True,
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    ended = run_megameta(folder, "train", "run.yaml")
-    assert ended.returncode == 0, ended.stderr
+    run_command(folder, "megameta", "train", "run.yaml", check=True)
     return folder
 
 
