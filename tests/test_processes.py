@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from tests.support.commands import Command, plain_environment, run_command, true_process
+from tests.support.forking import Forked
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import last_step
-from tests.support.server import PRELOAD, ROOT
+from tests.support.server import CORE, ROOT
 from tests.support.training import step_loader, take_steps, tiny_config, weights_digest
 from tests.support.waiting import wait_until
 
@@ -67,7 +69,7 @@ def test_a_case_first_last_and_after_a_failed_neighbour(corpus):
 
 def _server(topology):
     parent = psutil.Process().parent()
-    return parent.pid, parent.num_threads(), PRELOAD in sys.modules
+    return parent.pid, parent.num_threads(), CORE in sys.modules
 
 
 def test_the_server_has_imported_and_has_one_thread():
@@ -121,3 +123,39 @@ def test_ranks_of_a_command_are_processes_of_their_own(tmp_path):
     done = run_command(tmp_path, "megameta", "train", "run.yaml", "--nproc-per-node", "2")
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert last_step(tmp_path) == 0 and str(ROOT) not in done.stdout
+
+
+WORDS = (
+    ["-m", "megameta", "--version"],
+    ["-m", "megameta", "train"],
+    ["tools/quickstart.py", "--nothing"],
+    ["-c", "import os, sys; print(sys.argv, os.environ['GIVEN'], os.getpgid(0) == os.getpid())"],
+    ["-c", "import time; time.sleep(3600)"],
+)
+
+
+def _ends(topology, start, folder):
+    """Code and output of each of the commands; how the last one ends when it is told to, after a wait in vain."""
+    os.chdir(ROOT)
+    environment, found = plain_environment(GIVEN="yes"), []
+    for number, words in enumerate(WORDS):
+        with open(f"{folder}/{number}", "w+") as file:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            process = start([sys.executable, *words], env=environment, process_group=0, **streams)
+            assert process.pid != os.getpid() and os.getpgid(process.pid) == process.pid
+            if "sleep" in words[-1]:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+                process.terminate()
+            code = process.wait()
+            assert process.poll() == code == process.returncode
+            file.seek(0)
+            found.append((code, file.read()))
+    return found
+
+
+def test_what_a_command_starts_is_forked_like_a_process(tmp_path):
+    (forked,), (true,) = (run_ranks(_ends, 1, start, str(tmp_path)) for start in (Forked, subprocess.Popen))
+    assert forked == true
+    assert [code for code, _ in forked] == [0, 2, 2, 0, -signal.SIGTERM]
+    assert all(said for _, said in forked[:-1])

@@ -1,5 +1,6 @@
 """What an attempt ran on and with: files in RUN/logs/attempt_N, so that a number can be traced to its machine."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -57,10 +58,11 @@ def environment_report(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str]:
+@functools.cache  # each reads and parses a file, and there are hundreds
+def package_versions() -> Mapping[str, str]:
     """Version of every installed package."""
-    found = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
-    return dict(sorted(found.items()))
+    headers = (distribution.metadata for distribution in importlib.metadata.distributions())
+    return dict(sorted((str(header["Name"]).lower(), header["Version"]) for header in headers))
 
 
 def source_digest(directory: Path = SOURCE) -> str:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def bare_words(text):
     return [bare for word in text.lower().split() if (bare := re.sub(r"\W", "", word))]
 
 
+@cache  # of every document, which are compared in pairs
 def grams(text, n):
     words = bare_words(text)
     n = min(n, len(words))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,9 +164,14 @@ def write_task(directory: Path) -> None:
         (directory / f"{values['task']}.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_the_command(export: tuple[Path, GPT], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    export: tuple[Path, GPT], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import tasks
+
     from megameta.commands.evaluate_harness import evaluate_harness
 
+    monkeypatch.setattr(tasks, "TaskManager", cache(tasks.TaskManager))  # it reads 12,000 files
     directory, _ = export
     write_task(tmp_path)
     options: dict[str, Any] = {"include_path": str(tmp_path), "json_path": str(tmp_path / "found.json")}

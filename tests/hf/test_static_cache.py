@@ -118,9 +118,25 @@ def test_a_step_is_compiled_whole_and_once(case: dict) -> None:
     assert torch.equal(generate(wrapper, *shorter, **compiled), generate(wrapper, *shorter))
     stats = torch._dynamo.utils.counters
     assert stats["stats"]["unique_graphs"] == 2 and not stats["graph_break"]
-    # Chunks of a prompt are compiled too, with breaks where padding is looked for.
+
+
+@fresh_compiler()
+def test_chunks_of_a_prompt_are_compiled() -> None:
+    """With breaks where padding is looked for."""
+    config, wrapper = writing_metas(**CASES[3])
+    ids, mask = padded_batch(config)
     chunks = {"prefill_chunk_size": 4, "compile_config": compiling(backend="eager")}
     chunks["compile_config"].fullgraph = False
     assert torch.equal(
         generate(wrapper, ids, mask, cache_implementation="static", **chunks), generate(wrapper, ids, mask)
     )
+
+
+@fresh_compiler()
+def test_compiled_by_hand_over_a_cache_that_grows() -> None:
+    config, wrapper = writing_metas()
+    ids, mask = padded_batch(config)
+    expected = generate(wrapper, ids, mask, max_new_tokens=6)
+    wrapper.forward = torch.compile(wrapper.forward, dynamic=True, backend="eager")
+    assert torch.equal(generate(wrapper, ids, mask, max_new_tokens=6), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1

@@ -1,21 +1,18 @@
 """``make quickstart`` in miniature: programs started one after the other, as a newcomer does."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
-ROOT = Path(__file__).parents[2]
+from tests.support.commands import run_command
+from tests.support.server import ROOT
 
 
-def quickstart(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def quickstart(output: Path, *arguments: str) -> CompletedProcess[str]:
     tiny = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "train.num_steps=6"]
     tiny += ["optimizer.warmup_steps=2", "eval.num_samples=8", "eval.interval=3", "log.tensorboard=false"]
-    command = [sys.executable, "tools/quickstart.py", "--output", str(output), "--vocab-size", "400"]
-    command += ["--corpus-bytes", "150000", *arguments, *tiny]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    options = ["--output", output, "--vocab-size", 400, "--corpus-bytes", 150000, *arguments]
+    return run_command(ROOT, "tools/quickstart.py", *options, *tiny)
 
 
 def test_the_whole_line_in_miniature(tmp_path: Path) -> None:

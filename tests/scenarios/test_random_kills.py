@@ -39,7 +39,7 @@ def wait_for_commit(run, journal):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_killed_at_random_moments(tokenizer, tmp_path, name):
-    """After none to three commits of a start; until there have been 20 kills, and 5 starts that went on."""
+    """After none to three commits of a start; until there have been 12 kills, and 5 starts that went on."""
     data = lines(documents(40_000))  # some 14 MB, 14 blocks
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
     subprocess.run(command(tokenizer, tmp_path / name, tmp_path / "whole", "--workers", 1), check=True, timeout=TIMEOUT)
@@ -47,7 +47,7 @@ def test_killed_at_random_moments(tokenizer, tmp_path, name):
     kills = went_on = 0
     last = False
     while not last:
-        last = kills >= 20 and went_on >= 5
+        last = kills >= 12 and went_on >= 5
         flags = ("--workers", 1 + kills % 3, "--commit-interval", 0.02)
         words, unfinished = command(tokenizer, tmp_path / name, tmp_path / "o", *flags), journal.exists()
         run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)

@@ -1,12 +1,12 @@
 """``megameta reproduce`` in miniature, as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+
+from tests.support.commands import run_command
 
 SCALE = """
 description: a miniature
@@ -29,10 +29,8 @@ inference: {model: {hidden_size: 64}, prompt: 32, new_tokens: 4, rounds: 3}
 """
 
 
-def reproduce(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megameta", "reproduce", *arguments, "--scale", "mine.yaml", "--output", "out"]
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1200)
+def reproduce(directory: Path, *arguments: str) -> CompletedProcess[str]:
+    return run_command(directory, "megameta", "reproduce", *arguments, "--scale", "mine.yaml", "--output", "out")
 
 
 def check_a_partial_report(directory: Path, whole: str) -> None:
@@ -59,7 +57,7 @@ def test_figure_and_tables_in_miniature(tmp_path: Path) -> None:
     assert listed.returncode == 0 and "to do finetune/meta-rope/copying/1" in listed.stdout
     early = reproduce(tmp_path, "figure1", "--partial")
     assert early.returncode == 1 and "nothing is done yet" in early.stderr
-    stopped = reproduce(tmp_path, "figure1", "--time-limit", "0.2")
+    stopped = reproduce(tmp_path, "figure1", "--time-limit", "0.03")
     assert stopped.returncode == 75 and "the same command goes on" in stopped.stdout, stopped.stderr
     done = reproduce(tmp_path, "figure1")
     assert done.returncode == 0, done.stdout + done.stderr

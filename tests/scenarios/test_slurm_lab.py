@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 #: Long enough to be caught in the middle, on a busy machine too.
-STEPS, INTERVAL = 200, 20
+STEPS, INTERVAL = 120, 20
 #: A limit against hanging, in seconds.
 PATIENCE = 600
 
@@ -116,13 +116,13 @@ def test_what_a_job_leaves(whole):
 def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     run = place / "limited"
     job = submit(lab, place, "limited")
-    wait_for_step(lab, run, 50)
+    wait_for_step(lab, run, 30)
     lab.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends before the limit
     lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
     said = read_logs(run / "logs")
     assert said.count("SIGUSR1: the ranks are told") == 1 and "stopped by a signal" in said
     saved = latest_step(run)
-    assert 50 <= saved < STEPS and (run_status(run, 0.0)["state"], run_status(run, 0.0)["attempt"]) == ("stopped", 1)
+    assert 30 <= saved < STEPS and (run_status(run, 0.0)["state"], run_status(run, 0.0)["attempt"]) == ("stopped", 1)
     lab.wait_for_state(job, "COMPLETED", timeout=PATIENCE, logs=run / "logs")
     first, second = ledger(run)
     assert (first["code"], first["state"], first["action"], first["saved"]) == (75, "RUNNING", "requeue", saved)

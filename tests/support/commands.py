@@ -1,23 +1,20 @@
 """Commands as a person starts them: argv, working directory, environment, pid, signals, exit code, captured streams.
 
-They are forked from the tests' server (``server.py``) in place of starting an interpreter, and so are the ranks that
-``--nproc-per-node`` starts. Not for a test whose subject is that start: imports, early signals, the launcher, variables
+They are forked from the tests' server (``server.py``) in place of starting an interpreter, and so is what they start
+(``forking.py``). Not for a test whose subject is that start: imports, early signals, the launcher, variables
 that libraries read while they are imported, what works where megameta is not installed. Those call ``true_process``.
 """
 
 import os
-import runpy
-import signal
 import subprocess
-import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import psutil
 
+from tests.support.forking import run_program
 from tests.support.runs import last_step
 from tests.support.server import FIXED, ROOT, fork_process, leave, redirect
 from tests.support.waiting import wait_until
@@ -68,7 +65,7 @@ class Command:
     ) -> None:
         Command._started += 1
         self.folder = folder
-        self.arguments = [program, *map(str, arguments)]
+        self.arguments = [*map(str, (program, *arguments))]
         self.output, self.errors = (
             Path(_folder_of_streams().name) / f"{Command._started}-{stream}" for stream in ("stdout", "stderr")
         )
@@ -183,71 +180,4 @@ def _run(arguments: Sequence[str], folder: str, output: str, errors: str, sessio
         os.setsid()
     redirect(output, errors)
     os.chdir(folder)
-    leave(_main(arguments))
-
-
-def _main(arguments: Sequence[str]) -> int:
-    """As ``python -m megameta …`` or ``python tools/x.py …``; the exit code."""
-    from megameta.parallel import launch
-
-    launch.subprocess = _Forking  # the ranks of --nproc-per-node
-    program, *_ = sys.argv = list(arguments)
-    try:
-        if program == "megameta":
-            runpy.run_module("megameta", run_name="__main__", alter_sys=True)
-        else:
-            sys.argv[0] = str(ROOT / program)
-            sys.path.insert(0, str((ROOT / program).parent))
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-class _Rank:
-    """What ``launch_local`` uses of ``subprocess.Popen``, for ``python -m megameta ARGUMENTS``, by a fork."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        assert list(command[:3]) == [sys.executable, "-m", "megameta"], command
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.environ.clear()
-            os.environ.update(env)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)
-            leave(_main(["megameta", *command[3:]]))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-class _Forking:
-    """In place of the module ``subprocess`` in ``megameta.parallel.launch``."""
-
-    Popen = _Rank
+    leave(run_program(arguments[0], arguments[1:]))

@@ -12,9 +12,9 @@ import psutil
 
 from megameta.checkpoint import latest_checkpoint, open_checkpoint
 from megameta.errors import UserError
+from tests.support.commands import plain_environment
 from tests.support.runs import hashes, last_step, records
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS, KEEP = 2, 2
 #: Seconds for a start on a machine that is busy with other things.
 PATIENCE = 1800.0
@@ -36,15 +36,13 @@ class Run:
 
     def start(self, interval: int) -> None:
         """Start, or start again."""
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "megameta", "train", "run.yaml", f"run.dir={self.directory.name}"]
         command += [f"checkpoint.interval={interval}", "--nproc-per-node", str(RANKS)]
         self.began, self.began_at = time.monotonic(), time.time()
         with self.output.open("a") as output:
             self._said_before = output.tell()
             self._launcher = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
+                command, cwd=self.folder, env=plain_environment(), stdout=output, stderr=output, start_new_session=True
             )
 
     @property

@@ -4,6 +4,7 @@ The reference is a plain float64 loop over single samples in one process (``orac
 """
 
 import dataclasses
+import gc
 import math
 import time
 from contextlib import nullcontext
@@ -224,6 +225,8 @@ def run_case(
             report |= {"gradients": gradients, "initial": initial}
         loader.close()
         engine.destroy()
+        del engine, gradients
+        gc.collect()  # DeepSpeed's __del__ costs 15 s where the trace of the next case's compiler is interrupted by it
     return report
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = "tests.support.preload"
+#: Imports of the server: what ranks need, and with what commands need beside it.
+CORE, ALL = "tests.support.preload_core", "tests.support.preload"
 #: Read by libraries while they are imported, so that the server must have them. Everything else a process sets itself.
 FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -38,10 +39,10 @@ def fork_process(function: Callable[..., Any], *args: Any, environment: Mapping[
 
 
 @cache
-def start() -> ForkServerContext:
+def start(preload: str = ALL) -> ForkServerContext:
     """Start the server, which then imports by itself, if there is none yet; its context."""
     context = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload([PRELOAD])
+    forkserver.set_forkserver_preload([preload])
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     with changed_environment({**FIXED, "PYTHONPATH": path}):
         forkserver.ensure_running()
@@ -49,8 +50,8 @@ def start() -> ForkServerContext:
 
 
 def _enter(function: Callable[..., Any], args: tuple, environment: dict[str, str]) -> None:
-    if PRELOAD not in sys.modules:  # multiprocessing passes over an import that fails
-        raise ImportError(f"the fork server could not import {PRELOAD}: python -c 'import {PRELOAD}' says why")
+    if CORE not in sys.modules:  # multiprocessing passes over an import that fails
+        raise ImportError(f"the fork server could not import {ALL}: python -c 'import {ALL}' says why")
     with contextlib.suppress(OSError, AttributeError):  # Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ.clear()
