@@ -23,8 +23,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(SPREAD)
 
 help:
 	@echo "make quickstart  the whole line on a small corpus: data, training, evaluation, export, report (10 minutes)"
-	@echo "make test        every behaviour (12 minutes on 2 cores)"
-	@echo "make test-scenarios  what takes many programs: a SLURM cluster, kills, the whole line, layouts (15 minutes)"
+	@echo "make test        every behaviour (9 minutes on 2 cores)"
+	@echo "make test-scenarios  what takes many programs: a SLURM cluster, kills, the whole line, layouts (8 minutes)"
 	@echo "make coverage    both, with the lines and branches that they reach"
 	@echo "make test-grid   every parallel layout against one process; writes docs/parity.md (45 minutes)"
 	@echo "make torture     kill runs and damage checkpoints, write docs/reliability.md (30 minutes)"

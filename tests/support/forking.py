@@ -4,6 +4,7 @@
 ``subprocess.Popen`` where megameta calls it.
 """
 
+import contextlib
 import os
 import runpy
 import signal
@@ -58,8 +59,9 @@ class Forked:
             if process_group >= 0:
                 os.setpgid(0, process_group)
             self._become(command[1:], env, streams)
-        if process_group >= 0:  # in both processes: whichever comes first
-            os.setpgid(self.pid, process_group or self.pid)
+        if process_group >= 0:  # in both processes: whichever comes first, and here it may run another program by now
+            with contextlib.suppress(PermissionError):
+                os.setpgid(self.pid, process_group or self.pid)
 
     @staticmethod
     def _become(words: Sequence[str], env: Mapping[str, str], streams: Mapping[str, Any]) -> NoReturn:
