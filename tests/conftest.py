@@ -53,7 +53,7 @@ def tokenizer(shared: Shared) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where files are named, start the server of processes that they need beside their collection: ten seconds less."""
+    """Where files are named, start the server of processes that they need beside the collection: five seconds less."""
     named = [Path(argument.partition("::")[0]) for argument in config.args]
     source = "".join(path.read_text(encoding="utf-8") for path in named if path.is_file())
     runs_here = not getattr(config.option, "numprocesses", None) and not config.option.collectonly

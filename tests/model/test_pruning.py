@@ -138,10 +138,7 @@ def nothing_from_before() -> Iterator[None]:
 
 
 def bytes_alive() -> int:
-    """Of the storages of all tensors with four dimensions, which only keys and values have here.
-
-    Plain tensors: what tests of compiled models leave behind are fake ones, which have no storage to point at.
-    """
+    """Of the storages of all tensors with four dimensions, which only keys and values have here."""
     gc.collect()
     found = (x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor and x.ndim == 4)
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())

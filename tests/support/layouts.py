@@ -225,7 +225,7 @@ def run_case(
             report |= {"gradients": gradients, "initial": initial}
         loader.close()
         engine.destroy()
-        del engine, gradients
+        del engine
         gc.collect()  # DeepSpeed's __del__ costs 15 s where the trace of the next case's compiler is interrupted by it
     return report
 

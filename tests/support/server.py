@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -26,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE, ALL = "tests.support.preload_core", "tests.support.preload"
 #: Read by libraries while they are imported, so that the server must have them. Everything else a process sets itself.
 FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+#: What the server of this process imports; empty until it is started.
+_preloaded: list[str] = []
 
 
 def fork_process(function: Callable[..., Any], *args: Any, environment: Mapping[str, str]) -> BaseProcess:
@@ -33,25 +34,27 @@ def fork_process(function: Callable[..., Any], *args: Any, environment: Mapping[
 
     Function and arguments are pickled: a function at the top level of a module. It ends by SIGKILL with the server.
     """
-    process = start().Process(target=_enter, args=(function, args, dict(environment)))
+    context = start()
+    process = context.Process(target=_enter, args=(_preloaded[0], function, args, dict(environment)))
     process.start()
     return process
 
 
-@cache
 def start(preload: str = ALL) -> ForkServerContext:
     """Start the server, which then imports by itself, if there is none yet; its context."""
     context = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload([preload])
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    with changed_environment({**FIXED, "PYTHONPATH": path}):
-        forkserver.ensure_running()
+    if not _preloaded:
+        _preloaded.append(preload)
+        forkserver.set_forkserver_preload([preload])
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+        with changed_environment({**FIXED, "PYTHONPATH": path}):
+            forkserver.ensure_running()
     return context
 
 
-def _enter(function: Callable[..., Any], args: tuple, environment: dict[str, str]) -> None:
-    if CORE not in sys.modules:  # multiprocessing passes over an import that fails
-        raise ImportError(f"the fork server could not import {ALL}: python -c 'import {ALL}' says why")
+def _enter(preload: str, function: Callable[..., Any], args: tuple, environment: dict[str, str]) -> None:
+    if preload not in sys.modules:  # multiprocessing passes over an import that fails
+        raise ImportError(f"the fork server could not import {preload}: python -c 'import {preload}' says why")
     with contextlib.suppress(OSError, AttributeError):  # Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ.clear()
