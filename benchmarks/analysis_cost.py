@@ -16,7 +16,7 @@ from megameta.analysis.training import AttentionProbe
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.train.data import PretrainingData
 from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 
 
 def main() -> None:

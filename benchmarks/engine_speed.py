@@ -22,7 +22,7 @@ from sides import Side, write_random_dataset, write_run
 
 from megameta.model import ModelConfig
 from megameta.train.metrics import measure_peak_flops, step_flops
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 
 #: Model, micro-batch size, accumulation steps.
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {

@@ -59,7 +59,7 @@ def ours(settings: dict[str, Any], gate: Gate) -> None:
     from megameta.parallel.launch import initialize_process_group, make_topology
     from megameta.train.data import PretrainingData
     from megameta.train.pipeline_engine import make_engine
-    from megameta.train.setup import load_run_config
+    from megameta.train.run_config import load_run_config
 
     config = load_run_config(settings["config"], settings["overrides"])
     topology = make_topology(settings["device"])

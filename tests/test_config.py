@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megameta.config import DataSection, RunConfig, build_config, config_schema, known_keys, load_config
 from megameta.errors import UserError
 from megameta.model import GPT
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 from megameta.validate import problems
 from tests.support.commands import run_command
 

@@ -12,7 +12,8 @@ from megameta.cli import main
 from megameta.commands.extend import extend, extended_config, to_text
 from megameta.config import RunConfig, build_config
 from megameta.errors import UserError
-from megameta.train.setup import DrawnWeights, load_run_config
+from megameta.train.run_config import load_run_config
+from megameta.train.setup import DrawnWeights
 from tests.support.commands import run_command
 from tests.support.training import tiny_values, write_corpus
 

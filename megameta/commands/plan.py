@@ -15,7 +15,7 @@ from megameta.parallel.layout import Layout, stage_weights
 from megameta.parallel.planner import HEADROOM, Plan, plan, smallest_batch
 from megameta.parallel.traffic import GROUPS, by_group
 from megameta.train.metrics import step_flops
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 
 #: Below this share of the peak a layout is called wasteful.
 WASTEFUL = 0.2

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from megameta.checkpoint.tensor_file import entry_of
 from megameta.errors import UserError
-from megameta.model import GPT, ModelConfig
+from megameta.model import ModelConfig
+from megameta.model.shapes import parameter_shapes
 
 _OUTPUT, _HF_OUTPUT = "head.output.weight", "lm_head.weight"
 _NORM, _HF_NORM = "head.norm.", "model.norm."
@@ -31,20 +31,13 @@ def from_hf_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the plain ``GPT`` without padding rows, by canonical name."""
-    with torch.device("meta"):
-        model = GPT(config, vocab_multiple=1)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse tensors that are not exactly the model's.
 
     Raises:
         UserError: names the first few that are missing, unknown, or of another shape.
     """
-    expected = expected_shapes(config)
+    expected = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is no parameter of this model" for name in tensors if name not in expected]
     wrong += [

@@ -14,8 +14,9 @@ from torch import Tensor
 from megameta.checkpoint.tensor_file import LazyTensors, MadeTensors, StoredTensors, TensorWriter, entry_of
 from megameta.errors import UserError
 from megameta.hf.gpt2 import fits_gpt2, to_gpt2
-from megameta.hf.names import expected_shapes, to_hf_name
+from megameta.hf.names import to_hf_name
 from megameta.model import ModelConfig
+from megameta.model.shapes import parameter_shapes
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,7 +43,7 @@ def as_exported(config: ModelConfig, tensors: LazyTensors) -> MadeTensors:
     return MadeTensors(
         {
             to_hf_name(name): (tensors.entry(name)._replace(name=to_hf_name(name)), partial(tensors.__getitem__, name))
-            for name in expected_shapes(config)  # in the model's order, whatever that of the mapping is
+            for name in parameter_shapes(config)  # in the model's order, whatever that of the mapping is
         }
     )
 

@@ -20,9 +20,9 @@ from megameta.config import DataSection
 from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.hf.importer import ImportedModel, read_hf_model
-from megameta.hf.names import expected_shapes
 from megameta.model import ModelConfig
 from megameta.model.init import draw_parameter, is_vocabulary_table
+from megameta.model.shapes import parameter_shapes
 
 #: What a run may set as it likes; every other field of ModelConfig is the source's.
 _FREE = (
@@ -128,7 +128,7 @@ def start_weights(directory: str | Path, config: ModelConfig, seed: int) -> Lazy
         UserError: see ``read_hf_model``; or the source lacks more than the branch and the meta-token.
     """
     source = read_hf_model(directory)
-    shapes = expected_shapes(config)
+    shapes = parameter_shapes(config)
     tensors = source.tensors
     made: dict[str, tuple[TensorEntry, Callable[[], Tensor]]] = {}
     for name in [*shapes, *(name for name in tensors if name not in shapes)]:

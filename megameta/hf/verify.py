@@ -19,6 +19,7 @@ from megameta.hf.shards import as_exported, cast, open_shards
 from megameta.hf.stream import LayerWeights
 from megameta.model import GPT, ModelConfig
 from megameta.model.context import make_context
+from megameta.model.shapes import on_meta_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def _make_model(directory: Path, config: ModelConfig) -> "PreTrainedModel":
     else:
         model_class = _import_file(directory / MODELING_FILE).MegametaForCausalLM
     model_config = model_class.config_class.from_pretrained(directory)
-    with torch.device("meta"):
+    with on_meta_device():
         return model_class(model_config).float().eval()
 
 
@@ -115,7 +116,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 def _reference_logits(config: ModelConfig, tensors: Mapping[str, Tensor], token_BT: Tensor) -> Tensor:
     """Logits of the training model (``GPT``), one layer in memory at a time."""
     weights = LayerWeights(tensors.__getitem__)
-    with torch.device("meta"):
+    with on_meta_device():
         model = GPT(config, vocab_multiple=1).eval()
     context = make_context(config, token_BT)
     with weights.filled(model.embedding, "embedding"):

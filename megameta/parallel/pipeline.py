@@ -21,6 +21,7 @@ from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_su
 from megameta.model.flops import block_flops, head_flops
 from megameta.model.gpt import run_blocks
 from megameta.model.loss import IGNORE_INDEX
+from megameta.model.shapes import on_meta_device
 from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
 from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
@@ -34,7 +35,7 @@ def part_costs(config: ModelConfig, balance: str, length: int, num_meta: int) ->
     if balance == "time":
         flops = {kind: block_flops(config, length, num_meta, has_meta=kind) for kind in {*has_meta}}
         return [0.0, *(flops[kind] for kind in has_meta), head_flops(config, length)]
-    with torch.device("meta"):
+    with on_meta_device():
         either = {kind: Block(config, has_meta.index(kind)) for kind in {*has_meta}}
         sizes = {kind: sum(p.numel() for p in block.parameters()) for kind, block in either.items()}
         embedding = sum(p.numel() for p in Embedding(config, 128).parameters())

@@ -19,7 +19,7 @@ from megameta.quickstart.facts import count_processes, machine_facts
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report
 from megameta.quickstart.stages import Commands, Stage, StageRunner, Stopped, shown
 from megameta.train.metrics import read_metrics
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 
 #: The two runs: name, configuration, what a person calls the model.
 RUNS = (

@@ -17,7 +17,7 @@ from megameta.parallel.layout import Layout
 from megameta.slurm.fit import device_of, fit_exactly
 from megameta.slurm.script import Options, render
 from megameta.train.check import describe, describe_layout, missing_files
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 from megameta.validate import problems
 
 #: Options of sbatch that follow from others of submit.

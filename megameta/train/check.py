@@ -3,18 +3,17 @@
 import contextlib
 import os
 
-import torch
-
 from megameta.config import RunConfig
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
+from megameta.model.shapes import on_meta_device
 from megameta.parallel.estimate import StageEstimate, estimate
 from megameta.parallel.layout import Layout, zero_stage
 from megameta.parallel.traffic import GROUPS, by_group
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.metrics import step_flops
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 from megameta.validate import data_parallel_size, problems
 
 
@@ -43,7 +42,7 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
 
 def describe(config: RunConfig, world_size: int) -> list[str]:
     """The run in a few lines."""
-    with torch.device("meta"):
+    with on_meta_device():
         model = GPT(config.model)
     parameters = sum(p.numel() for p in model.parameters())
     data, train = config.data, config.train

@@ -1,6 +1,7 @@
 """DeepSpeed behind one small interface: a step over micro-batches, an evaluation pass, and state by canonical name."""
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -65,10 +66,24 @@ def import_deepspeed(device_type: str) -> Any:
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    _import_muon_as_written()
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _import_muon_as_written() -> None:
+    """Every engine of DeepSpeed asks whether its optimiser is a Muon. Importing that one compiles its kernels, which
+    brings torch's whole compiler in: a third of a start, for code that no run of ours calls. So it stays as written."""
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled
 
 
 class Engine:

@@ -24,12 +24,12 @@ import torch.distributed as dist
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.model.shapes import parameter_shapes
 from megameta.parallel.slurm import in_step
 from megameta.parallel.topology import Topology
 from megameta.train.display import LOG
 from megameta.train.metrics import measure_peak_flops
 from megameta.train.records import package_versions, source_digest
-from megameta.train.setup import logical_shapes
 
 #: Bytes of the tensor that is reduced on "cpu" and "cuda".
 REDUCED = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -108,7 +108,7 @@ def check_nodes(config: RunConfig, topology: Topology, hosts: list[str], *, alwa
 
 
 def _needs(config: RunConfig) -> Needs:
-    parameters = sum(math.prod(shape) for shape in logical_shapes(config.model).values())
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
     there = len(list((Path(config.run.dir) / "checkpoints").glob("step_*")))
     # Weights and two moments in float32; a new one is whole before the oldest goes.
     copies = 1 + max(0, config.checkpoint.keep - there)

@@ -26,7 +26,7 @@ from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
 from megameta.train.place import RunPlace, open_run
 from megameta.train.preflight import check_nodes
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 from megameta.train.stop import StopRequest
 from megameta.validate import validate
 

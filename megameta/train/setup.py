@@ -1,58 +1,21 @@
-"""From a configuration file to the things a run is made of."""
+"""From a configuration to the model of a rank and its first weights."""
 
-import os
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from megameta.checkpoint import open_checkpoint
-from megameta.config import RunConfig, build_config, key_places, load_raw
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
+from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
 from megameta.model.init import draw_parameter
+from megameta.model.shapes import on_meta_device, parameter_shapes
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import Stage, stage_bounds
 from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
 from megameta.parallel.topology import Topology
-
-
-def load_run_config(
-    path: str | os.PathLike[str], overrides: list[str] | None = None, *, need_files: bool = True
-) -> RunConfig:
-    """The configuration with what follows from its files filled in: the model from init.from_hf, the vocabulary from
-    data.tokenizer, the window of learned positions from data.sequence_length.
-
-    Args:
-        need_files: whether a tokenizer or init.from_hf that is not there is an error (it is not for ``config show`` and
-            ``check``).
-    """
-    raw = load_raw(path, overrides)
-    sections = [raw.get(name) or {} for name in ("init", "model", "data")]
-    start = sections[0].get("from_hf") if all(isinstance(section, dict) for section in sections) else None
-    if isinstance(start, str) and (need_files or os.path.exists(start)):
-        from megameta.hf.start import start_values
-
-        raw = start_values(raw, start)
-    places = key_places(path, overrides or [])
-    config = build_config(raw, str(path), places)
-    given = raw.get("model") or {}
-    filled: dict[str, Any] = {}
-    if config.data.tokenizer is not None and (need_files or os.path.exists(config.data.tokenizer)):
-        filled = _vocabulary(load_tokenizer(config.data.tokenizer), given, config.data.tokenizer)
-    if "max_position_embeddings" not in given:
-        filled["max_position_embeddings"] = config.data.sequence_length
-    return build_config({**raw, "model": {**given, **filled}}, str(path), places)
-
-
-def _vocabulary(tokenizer: Tokenizer, given: dict[str, Any], path: str) -> dict[str, int]:
-    facts = {"vocab_size": tokenizer.vocab_size, "meta_token_id": tokenizer.meta_token_id}
-    for key, value in facts.items():
-        if key in given and given[key] != value:
-            raise UserError(f"model.{key} is {given[key]}, but the tokenizer {path} has {value}; leave the key out")
-    return facts
 
 
 def build_model(config: RunConfig, weights: Mapping[str, Tensor] | None = None) -> GPT:
@@ -70,7 +33,7 @@ def build_part(
     """What this rank runs of the model, on the CPU: all of it or a pipeline stage, with whole or sharded layers. Each
     parameter is drawn in full from a seed of its name, or read, and then sliced; a lazy mapping is read in slices."""
     size = tp.size if tp is not None else 1
-    with torch.device("meta"):
+    with on_meta_device():
         model: GPT | Stage
         if topology.pipeline_parallel_size > 1:
             data = config.data
@@ -103,7 +66,7 @@ class DrawnWeights(Mapping[str, Tensor]):
     """Initial weights by canonical name, each drawn when it is asked for."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._config, self._seed, self._shapes = config, seed, logical_shapes(config)
+        self._config, self._seed, self._shapes = config, seed, parameter_shapes(config)
 
     def __getitem__(self, name: str) -> Tensor:
         return draw_parameter(name, self._shapes[name], self._config, self._seed)
@@ -115,15 +78,9 @@ class DrawnWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters by canonical name, in the model's order, vocabulary padding left out."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(config, vocab_multiple=1).named_parameters()}
-
-
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Raise UserError where names or shapes are not those of the model."""
-    expected = logical_shapes(config)
+    expected = parameter_shapes(config)
     wrong = [f"{name}: missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name}: not in this model" for name in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
@@ -153,7 +110,7 @@ def fill_parameters(
     model: nn.Module, config: ModelConfig, weights: Mapping[str, Tensor], tp: TensorParallel | None
 ) -> None:
     """Copy weights, or this rank's shards of them, into parameters; rows that pad the vocabulary become zero."""
-    shapes = logical_shapes(config)
+    shapes = parameter_shapes(config)
     rank, size = (tp.rank, tp.size) if tp is not None else (0, 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

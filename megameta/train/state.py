@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from megameta.checkpoint import StateEntry
 from megameta.model import ModelConfig
+from megameta.model.shapes import parameter_shapes
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.tensor_parallel import shard_dim, shard_of
 from megameta.parallel.topology import Topology
-from megameta.train.setup import logical_shapes, read_shard
+from megameta.train.setup import read_shard
 
 #: AdamW's state that has the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,7 +46,7 @@ class EngineState:
         self.config = config
         self.tp = tp
         self.parameters = dict(model.named_parameters())
-        self.shapes = logical_shapes(config)
+        self.shapes = parameter_shapes(config)
         self.zero_stage = engine.zero_optimization_stage()
 
     @property

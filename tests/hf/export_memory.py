@@ -15,8 +15,8 @@ from torch import Tensor
 from megameta.checkpoint import load_weights, save_weights
 from megameta.checkpoint.tensor_file import MadeTensors, TensorEntry
 from megameta.hf.export import export_to_hf
-from megameta.hf.names import expected_shapes
 from megameta.model import ModelConfig
+from megameta.model.shapes import parameter_shapes
 
 BASELINE = {"position": "ape", "meta_attention": False}
 
@@ -39,7 +39,8 @@ def drawn(shape: tuple[int, ...]) -> Tensor:
 def make(root: Path, name: str, config: ModelConfig) -> MadeTensors:
     """A checkpoint of random weights, of which not two are ever in memory."""
     makers: dict[str, tuple[TensorEntry, Callable[[], Tensor]]] = {
-        tensor: (TensorEntry(tensor, shape), partial(drawn, shape)) for tensor, shape in expected_shapes(config).items()
+        tensor: (TensorEntry(tensor, shape), partial(drawn, shape))
+        for tensor, shape in parameter_shapes(config).items()
     }
     tensors = MadeTensors(makers)
     save_weights(root / name, config, tensors, None)

@@ -19,7 +19,8 @@ from megameta.hf.convert import hf_to_checkpoint
 from megameta.hf.importer import import_from_hf, read_hf_model
 from megameta.hf.start import start_weights
 from megameta.model import GPT, ModelConfig
-from megameta.train.setup import build_model, initial_weights, load_run_config
+from megameta.train.run_config import load_run_config
+from megameta.train.setup import build_model, initial_weights
 from megameta.validate import problems
 from tests.support.exports import small_tokenizer
 from tests.support.models import assert_close

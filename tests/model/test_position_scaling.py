@@ -10,7 +10,7 @@ import torch
 from megameta.errors import UserError
 from megameta.model import ModelConfig
 from megameta.model.rope import attention_scale, rotary_frequencies, rotation_at
-from megameta.train.setup import load_run_config
+from megameta.train.run_config import load_run_config
 from tests.support.models import small_config, small_model
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "yarn.json").read_text())

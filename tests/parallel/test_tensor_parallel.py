@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megameta.config import build_config
 from megameta.model import GPT, Block, ModelConfig
+from megameta.model.shapes import parameter_shapes
 from megameta.parallel.tensor_parallel import TABLE, kind_of, shard_dim, shard_of
 from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import logical_shapes
 from tests.support.layouts import ALL_ON, FACTORS, Case, make_config, make_corpus
 from tests.support.ranks import run_ranks
 from tests.support.training import step_loader
@@ -45,7 +45,7 @@ def test_every_projection_is_in_the_table_and_nothing_else():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_make_up_every_parameter(size):
-    for name, shape in logical_shapes(FULL).items():
+    for name, shape in parameter_shapes(FULL).items():
         shards = [shard_of(name, shape, FULL, rank, size) for rank in range(size)]
         dim = shard_dim(name)
         if size == 1 or dim is None:
@@ -116,7 +116,7 @@ def whole_things(config, padded):
     """Shapes that no rank may ever see, and dimensions: whole sharded weights, anything as wide as the vocabulary."""
     shapes = {
         tuple(shape)
-        for name, shape in logical_shapes(config.model).items()
+        for name, shape in parameter_shapes(config.model).items()
         if shard_dim(name) is not None and len(shape) == 2
     }
     return shapes | {shape[::-1] for shape in shapes}, {config.model.vocab_size, padded}

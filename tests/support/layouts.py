@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from megameta.config import RunConfig, build_config
+from megameta.model.shapes import parameter_shapes
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
 from megameta.train import compile
@@ -23,7 +24,7 @@ from megameta.train.evaluation import Evaluator
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import differing_replicas
-from megameta.train.setup import build_model, logical_shapes
+from megameta.train.setup import build_model
 from megameta.validate import validate
 from tests.support.training import full_state, oracle_run, step_loader, take_steps, write_corpus
 
@@ -183,7 +184,7 @@ def reference(case: Case, corpus: str, steps: int = STEPS) -> dict[str, Any]:
         for name in evaluator.sets:
             total, counts = sum_scores(partial(module, score=True), evaluator.batches(name), None, "cpu")
             out["evaluation"][name] = float(total[0]) / counts[0]
-    rows = {name: shape[0] for name, shape in logical_shapes(config.model).items()}
+    rows = {name: shape[0] for name, shape in parameter_shapes(config.model).items()}
     for part in ("initial", "gradients", "weights"):
         out[part] = {name: tensor.detach()[: rows[name]] for name, tensor in out[part].items()}
     return out

@@ -8,7 +8,7 @@ import importlib
 
 from tests.support.preload_core import import_all
 
-LATE = ("torch.utils.tensorboard", "transformers.generation")
+LATE = ("torch.utils.tensorboard", "transformers.generation", "torch._inductor.compile_fx")
 #: Seconds of imports that few commands need; those have to wait for them.
 HEAVY = ("megameta.hf.harness", "megameta.analysis.plots", "megameta.reproduce.figures")
 

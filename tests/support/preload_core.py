@@ -13,7 +13,6 @@ LATE = (
     "deepspeed.ops",
     "deepspeed.pipe",
     "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine; its torch.compile imports all of inductor
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",

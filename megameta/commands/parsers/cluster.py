@@ -130,7 +130,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _fit(arguments: argparse.Namespace) -> None:
     from megameta.slurm.fit import device_of, fit, granted
-    from megameta.train.setup import load_run_config
+    from megameta.train.run_config import load_run_config
 
     config = load_run_config(arguments.config, arguments.overrides)
     nodes, per_node = arguments.nodes, arguments.per_node

@@ -25,7 +25,7 @@ def add_config(commands: Commands) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> None:
-    from megameta.train.setup import load_run_config
+    from megameta.train.run_config import load_run_config
 
     sys.stdout.write(load_run_config(arguments.config, arguments.overrides, need_files=False).to_yaml())
 
