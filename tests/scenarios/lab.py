@@ -108,13 +108,21 @@ class Lab:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, what: Callable[[], object], *, timeout: float, why: Callable[[], str] = lambda: "") -> object:
+    def wait(
+        self, what: Callable[[], object], *, timeout: float, why: Callable[[], str] = lambda: "", every: float = 0.1
+    ) -> object:
         """Until something is so; its value."""
         end = time.monotonic() + timeout
         while not (value := what()):
             assert time.monotonic() < end, f"not so within {timeout:g} s\n{why()}"
-            time.sleep(0.1)
+            time.sleep(every)
         return value
+
+    def wait_for_slurm(
+        self, what: Callable[[], object], *, timeout: float, why: Callable[[], str] = lambda: ""
+    ) -> object:
+        """The same of what SLURM is asked: a question starts four programs."""
+        return self.wait(what, timeout=timeout, why=why, every=0.5)
 
     def wait_for_state(self, number: str, *states: str, timeout: float, logs: Path | None = None) -> str:
         """Until a job is in one of these states."""
@@ -127,7 +135,7 @@ class Lab:
         def why() -> str:
             return f"{self.job(number)}\n{read_logs(logs)}" if logs else str(self.job(number))
 
-        return str(self.wait(reached, timeout=timeout, why=why))
+        return str(self.wait_for_slurm(reached, timeout=timeout, why=why))
 
 
 def read_logs(folder: Path) -> str:

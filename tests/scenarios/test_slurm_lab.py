@@ -72,7 +72,7 @@ def wait_for_step(lab: Lab, run: Path, step: int) -> None:
 
 
 def wait_for_idle_nodes(lab: Lab) -> None:
-    lab.wait(lambda: lab.run("sinfo", "--noheader", "--format=%D %t").strip() == "2 idle", timeout=PATIENCE)
+    lab.wait_for_slurm(lambda: lab.run("sinfo", "--noheader", "--format=%D %t").strip() == "2 idle", timeout=PATIENCE)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -118,7 +118,7 @@ def test_a_time_limit_is_survived_bitwise(lab, place, whole):
     job = submit(lab, place, "limited")
     wait_for_step(lab, run, 30)
     lab.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends before the limit
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait_for_slurm(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
     said = read_logs(run / "logs")
     assert said.count("SIGUSR1: the ranks are told") == 1 and "stopped by a signal" in said
     saved = latest_step(run)
@@ -139,7 +139,7 @@ def test_slurms_own_warning_before_a_time_limit(lab, place):
     wait_for_step(lab, run, 30)
     hours, minutes, _ = lab.job(job)["RunTime"].split(":")
     lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 4}")
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait_for_slurm(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
     lab.wait(lambda: ledger(run), timeout=PATIENCE)
     assert (ledger(run)[0]["code"], ledger(run)[0]["action"]) == (75, "requeue")
     assert read_logs(run / "logs").count("SIGUSR1: the ranks are told") == 1
@@ -154,7 +154,7 @@ def test_a_preempted_job_saves_and_comes_back(lab, place):
     wait_for_step(lab, run, 30)
     words = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--time=5", f"--output={place}/urgent.out"]
     urgent = lab.run("sbatch", *words, "--wrap=sleep 1", cwd=place).strip()
-    lab.wait(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
+    lab.wait_for_slurm(lambda: lab.job(job)["Restarts"] == "1", timeout=PATIENCE, why=lambda: read_logs(run / "logs"))
     lab.wait(lambda: ledger(run), timeout=PATIENCE)
     (end,) = ledger(run)
     assert (end["code"], end["action"]) == (75, "requeue") and end["saved"] == last_step(run) >= 30
@@ -175,7 +175,7 @@ def test_a_cancelled_job_stays_cancelled(lab, place):
     lab.wait_for_state(job, "CANCELLED", timeout=PATIENCE, logs=run / "logs")
     (end,) = ledger(run)
     assert end["action"] == "leave" and end["state"] != "RUNNING"
-    lab.wait(lambda: not lab.run("squeue", "--noheader").strip(), timeout=PATIENCE)
+    lab.wait_for_slurm(lambda: not lab.run("squeue", "--noheader").strip(), timeout=PATIENCE)
     assert lab.job(job)["Restarts"] == "0"
     assert latest_step(run) == last_step(run) >= 10, "the ranks saved when they were told to end"
 
