@@ -77,7 +77,7 @@ def test_names_of_the_model_are_there():
 
 
 def _compiled_muon(topology):
-    import_deepspeed(topology.device_type)
+    import_deepspeed(topology)
     muon = vars(sys.modules["deepspeed.runtime.zero.muon.original_muon"])
     assert callable(muon["zeropower_via_newtonschulz5"])
     return [name for name, value in muon.items() if hasattr(value, "_torchdynamo_orig_callable")]

@@ -56,21 +56,41 @@ def _nothing() -> None:
     """What is done before an update where nobody asks for anything."""
 
 
-def import_deepspeed(device_type: str) -> Any:
-    """DeepSpeed, quiet, for this device and the process group that is there.
+def import_deepspeed(topology: Topology) -> Any:
+    """DeepSpeed, quiet, for this rank's device and the process group that is there.
 
-    On a CPU its shared-memory op would be compiled at start-up: switched off."""
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    On a CPU its shared-memory op would be compiled at start-up: switched off.
+
+    Raises:
+        UserError: this process has used it for devices of another kind, and it remembers.
+    """
+    os.environ.update(deepspeed_environment(topology))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    found = deepspeed.accelerator.get_accelerator().device_name()
+    if found != topology.device_type:
+        raise UserError(
+            f"run.device is {topology.device_type}, but this process has imported DeepSpeed for {found}, which it keeps:"
+            " start the run in a process of its own"
+        )
     _import_muon_as_written()
-    if device_type == "cpu":
+    if topology.device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def deepspeed_environment(topology: Topology) -> dict[str, str]:
+    """Variables by which DeepSpeed picks its device: the run's, whatever a user or a launcher has set.
+
+    It takes LOCAL_RANK for the number of a GPU. Where each process sees one GPU alone, that is 0 on every rank.
+    """
+    device = torch.device(topology.device)
+    found = {"DS_ACCELERATOR": device.type}
+    return found if device.index is None else {**found, "LOCAL_RANK": str(device.index)}
 
 
 def _import_muon_as_written() -> None:
@@ -100,7 +120,7 @@ class Engine:
         self.topology = topology
         ranks = topology.data_parallel_size
         self.accumulation_steps = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
-        deepspeed = import_deepspeed(topology.device_type)
+        deepspeed = import_deepspeed(topology)
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)
         model = build_part(config, topology, self.groups.tensor, weights)
         self.zero_stage = zero_stage(config, ranks)
