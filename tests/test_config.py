@@ -55,7 +55,7 @@ def message(path, *overrides):
         ("train: {num_steps: 0}", "train.num_steps: Input should be greater than or equal to 1 (given: 0)"),
         ("train: {num_steps: 1.5}", "train.num_steps: Input should be a valid integer"),
         ("train: {num_steps: yes}", "train.num_steps: true or false"),
-        ("train: {precision: fp8}", "train.precision: Input should be 'fp32', 'bf16' or 'fp16' (given: 'fp8')"),
+        ("train: {precision: fp8}", "train.precision: Input should be 'auto', 'fp32', 'bf16' or 'fp16' (given: 'fp8')"),
         ("train: 5", "train: Input should be a valid dictionary"),
         ("model: {num_heads: 5}", "hidden_size 768 is not a multiple of num_heads 5"),
         ("model: {num_layers: 0}", "num_layers must be at least 1, not 0"),
@@ -229,7 +229,7 @@ def test_the_schema_describes_every_key():
         assert set(part["properties"]) == set(values), section
         for key, entry in part["properties"].items():
             assert entry.get("description"), f"{section}.{key} has no description"
-    assert schema["$defs"]["TrainSection"]["properties"]["precision"]["enum"] == ["fp32", "bf16", "fp16"]
+    assert schema["$defs"]["TrainSection"]["properties"]["precision"]["enum"] == ["auto", "fp32", "bf16", "fp16"]
     assert schema["$defs"]["OptimizerSection"]["properties"]["lr"]["exclusiveMinimum"] == 0
     json.dumps(schema)
     assert {"run.seed", "model.num_layers", "deepspeed"} <= {key for key, _ in known_keys()}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megameta.config import RunConfig
+from megameta.config import RunConfig, settle
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.parallel.cost import Evaluation, Hardware
 from megameta.parallel.estimate import worst
@@ -40,7 +40,7 @@ def make_plan(
         hardware: values that replace the defaults of ``Hardware``, in its units; None leaves the default.
         json_path: also write the layouts there.
     """
-    config = load_run_config(path, overrides, need_files=False)
+    config = settle(load_run_config(path, overrides, need_files=False), "cuda")
     if gpus < 1 or limit < 1:
         raise UserError("--gpus and --limit: numbers of at least 1")
     memory = parse_memory(gpu_memory)
@@ -74,7 +74,7 @@ def _hardware(config: RunConfig, given: dict[str, float | None]) -> Hardware:
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "peak_flops" not in values:
         own = config.train.peak_tflops
-        values["peak_flops"] = own * 1e12 if own is not None else Hardware.default_peak(config.train.precision)
+        values["peak_flops"] = own * 1e12 if own is not None else Hardware.default_peak(config)
     for name, value in values.items():
         if value <= 0:
             raise UserError(f"--{name.replace('_', '-')}: more than 0")

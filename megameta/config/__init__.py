@@ -3,6 +3,7 @@
 A YAML file says only what differs from the defaults in ``sections``; ``base: other.yaml`` starts from another file.
 """
 
+from megameta.config.automatic import settle
 from megameta.config.loading import (
     apply_overrides,
     build_config,
@@ -31,4 +32,5 @@ __all__ = [
     "load_config",
     "load_raw",
     "nearest_key",
+    "settle",
 ]

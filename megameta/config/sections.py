@@ -143,8 +143,11 @@ class TrainSection(Section):
     """Sequences of one forward pass on one rank."""
     global_batch_size: int = Field(8, ge=1)
     """Sequences of one optimiser step, over all ranks and accumulation steps."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only). auto: bf16 on GPUs
+    of compute capability 8 (Ampere) or later, else fp32; a resumed run keeps what it began with."""
+    tf32: bool = False
+    """Multiply float32 matrices on a GPU in TF32: several times as fast, with 10 bits of mantissa in place of 23."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     compile: Literal["none", "blocks"] = "none"

@@ -40,6 +40,8 @@ class Widths:
     @classmethod
     def of(cls, precision: str, zero_stage: int) -> "Widths":
         """fp16 with ZeRO runs in halves with float32 masters; bf16, and fp16 at ZeRO 0, is autocast over float32."""
+        if precision == "auto":
+            raise ValueError("train.precision is auto: settle the configuration for a device first")
         if precision == "fp32":
             return cls(4, 4, 4, False)
         if precision == "fp16" and zero_stage > 0:

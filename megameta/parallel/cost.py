@@ -31,7 +31,7 @@ class Hardware:
 
     gpus_per_node: int = 8
     peak_flops: float = 989e12
-    """Of a GPU in the run's precision, dense: 989 TFLOP/s in bf16 and fp16; 67 in float32."""
+    """Of a GPU in the run's precision, dense: 989 TFLOP/s in bf16 and fp16; 495 in TF32; 67 in float32."""
     efficiency: float = 0.6
     """Share of the peak that matrix products reach."""
     memory_bandwidth: float = 3000e9
@@ -46,9 +46,9 @@ class Hardware:
     """Seconds of the host for a kernel."""
 
     @staticmethod
-    def default_peak(precision: str) -> float:
+    def default_peak(config: RunConfig) -> float:
         """Of an H100 SXM, dense."""
-        return 67e12 if precision == "fp32" else 989e12
+        return 989e12 if config.train.precision != "fp32" else 495e12 if config.train.tf32 else 67e12
 
     def bandwidth(self, stride: int, ranks: int) -> float:
         """Bytes/s of a rank in a ring over ``ranks`` ranks, each ``stride`` after the one before.

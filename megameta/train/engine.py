@@ -26,7 +26,7 @@ from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
 from megameta.train.optimizer import make_optimizer
-from megameta.train.setup import build_part
+from megameta.train.setup import build_part, settle_on
 from megameta.train.state import EngineState
 
 #: State of DeepSpeed's dynamic loss scaler.
@@ -73,7 +73,7 @@ def import_deepspeed(topology: Topology) -> Any:
     found = deepspeed.accelerator.get_accelerator().device_name()
     if found != topology.device_type:
         raise UserError(
-            f"run.device is {topology.device_type}, but this process has imported DeepSpeed for {found}, which it keeps:"
+            f"run.device is {topology.device_type}, but this process has imported DeepSpeed for {found} and keeps it:"
             " start the run in a process of its own"
         )
     _import_muon_as_written()
@@ -116,11 +116,13 @@ class Engine:
     """
 
     def __init__(self, config: RunConfig, topology: Topology, weights: Mapping[str, Tensor] | None = None) -> None:
-        self.config = config
+        self.config = config = settle_on(config, topology)
         self.topology = topology
         ranks = topology.data_parallel_size
         self.accumulation_steps = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
         deepspeed = import_deepspeed(topology)
+        if topology.device_type == "cuda":
+            torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)
         model = build_part(config, topology, self.groups.tensor, weights)
         self.zero_stage = zero_stage(config, ranks)

@@ -41,7 +41,7 @@ from megameta.train.pipeline_engine import make_engine
 from megameta.train.place import RunPlace, open_run
 from megameta.train.replicas import check_replicas
 from megameta.train.schedule import learning_rate
-from megameta.train.setup import initial_weights
+from megameta.train.setup import initial_weights, settle_on
 from megameta.train.stop import StopRequest
 
 
@@ -65,6 +65,9 @@ class Trainer:
         self.place = place if place is not None else open_run(config, topology)
         self.stop = stop if stop is not None else StopRequest()
         checkpoint = self._find_checkpoint()
+        self.config = config = settle_on(config, topology, checkpoint.config if checkpoint else None)
+        if checkpoint:
+            check_resumable(checkpoint.config, config, str(checkpoint.path))
         self.data = make_data(config, topology)
         self.loader = self.data.loader()
         self.probe: Probe | None = None
@@ -98,9 +101,7 @@ class Trainer:
         dist.broadcast_object_list(found)
         if found[0] is None:
             return None
-        checkpoint = open_checkpoint(found[0], self.topology)
-        check_resumable(checkpoint.config, self.config, str(checkpoint.path))
-        return checkpoint
+        return open_checkpoint(found[0], self.topology)
 
     def _describe(self, checkpoint: Checkpoint | None) -> None:
         config, engine = self.config, self.engine
@@ -160,7 +161,10 @@ class Trainer:
     def _train(self) -> int:
         config, topology = self.config, self.topology
         peak = config.train.peak_tflops
+        precision = "tf32" if config.train.tf32 and config.train.precision == "fp32" else config.train.precision
         peak_flops = peak * 1e12 if peak else measure_peak_flops(topology.device, config.train.precision)
+        source = "train.peak_tflops" if peak else f"measured with {precision} products"
+        LOG.info("mfu is a share of %.3g TFLOP/s a rank, %s", peak_flops / 1e12, source)
         slots = config.train.global_batch_size * config.data.sequence_length
         self._flops_rate = step_flops(config) / slots / (peak_flops * topology.world_size)
         self._durations: deque[float] = deque(maxlen=50)

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megameta.checkpoint import open_checkpoint
-from megameta.config import RunConfig
+from megameta.config import RunConfig, settle
+from megameta.config.automatic import BF16_CAPABILITY
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
 from megameta.model.init import draw_parameter
@@ -16,6 +18,20 @@ from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import Stage, stage_bounds
 from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
 from megameta.parallel.topology import Topology
+
+
+def settle_on(config: RunConfig, topology: Topology, saved: RunConfig | None = None) -> RunConfig:
+    """The configuration with a value in place of every "auto", the same on all ranks: collective on GPUs.
+
+    Args:
+        saved: of the checkpoint from which the run resumes.
+    """
+    capability = BF16_CAPABILITY
+    if topology.device_type == "cuda":
+        lowest = torch.tensor(torch.cuda.get_device_capability(topology.device)[0], device=topology.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        capability = int(lowest)
+    return settle(config, topology.device_type, capability=capability, saved=saved)
 
 
 def build_model(config: RunConfig, weights: Mapping[str, Tensor] | None = None) -> GPT:

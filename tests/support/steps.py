@@ -36,7 +36,7 @@ def step_config(**changes) -> RunConfig:
         "run": {"device": "cpu"},
         "model": {"vocab_size": VOCABULARY, "hidden_size": 64, "num_layers": 4, "num_heads": 4},
         "data": {"sequence_length": 64, "meta_token_fraction": 0.125},
-        "train": {"num_steps": 10, "micro_batch_size": 2, "global_batch_size": 8},
+        "train": {"num_steps": 10, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32"},
         "optimizer": {"warmup_steps": 2},
     }
     for key, value in changes.items():

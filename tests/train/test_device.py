@@ -38,7 +38,8 @@ def test_a_run_on_the_cpu_where_the_environment_says_cuda(tmp_path):
 
 def _another_device(topology):
     import_deepspeed(topology)
-    with pytest.raises(UserError, match="run.device is cuda, but this process has imported DeepSpeed for cpu") as caught:
+    words = r"run\.device is cuda, but this process has imported DeepSpeed for cpu"
+    with pytest.raises(UserError, match=words) as caught:
         import_deepspeed(Topology(device="cuda:0"))
     return str(caught.value)
 
