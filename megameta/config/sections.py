@@ -147,7 +147,7 @@ class TrainSection(Section):
     """fp32; bf16 or fp16: autocast over float32 weights (fp16 with dynamic loss scaling, GPU only). auto: bf16 on GPUs
     of compute capability 8 (Ampere) or later, else fp32; a resumed run keeps what it began with."""
     tf32: bool = False
-    """Multiply float32 matrices on a GPU in TF32: several times as fast, with 10 bits of mantissa in place of 23."""
+    """Multiply float32 matrices on a GPU in TF32, on its tensor cores: 10 bits of mantissa in place of 23."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     compile: Literal["none", "blocks"] = "none"

@@ -38,7 +38,7 @@ class PipelineEngine(Engine):
         self.engine._INSTRUCTION_MAP = {**type(self.engine)._INSTRUCTION_MAP, OptimizerStep: lambda _engine: None}
         self._expect(batches)
         self.loss.scale = scale
-        self.engine.train_batch(_items(batches))
+        self.engine.train_batch(_items(batches, self.topology.device))
         self.engine.timers("train_batch").reset()  # would keep two CUDA events a step
         return self._take_sums()
 
@@ -57,7 +57,8 @@ class PipelineEngine(Engine):
         self.loss.scoring, self.loss.num_groups = True, num_groups
         for chunk in _like_shapes(batches):
             self._expect(chunk)
-            self.engine.eval_batch(_items(chunk), reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
+            items = _items(chunk, self.topology.device)
+            self.engine.eval_batch(items, reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             total += self._take_sums()
             for batch in chunk:
                 counts = [a + b for a, b in zip(counts, count_targets(batch, byte_counts, num_groups), strict=True)]
@@ -85,10 +86,16 @@ def _like_shapes(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
             yield chunk
 
 
-def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
-    """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels, with their groups."""
-    labels = [b.label_BT if b.group_BT is None else (b.label_BT, b.group_BT) for b in batches]
-    return iter([(pack_rows(b.token_BT, b.document_BT, b.position_BT), label) for b, label in zip(batches, labels)])
+def _items(batches: Sequence[Batch], device: str) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+    """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels, with their groups.
+
+    On the device already: DeepSpeed clones inputs before it copies them there, and a clone of page-locked memory is
+    pageable, so that the host would wait for every copy.
+    """
+    for batch in batches:
+        there = batch.to(device)
+        label = there.label_BT if there.group_BT is None else (there.label_BT, there.group_BT)
+        yield pack_rows(there.token_BT, there.document_BT, there.position_BT), label
 
 
 def make_engine(config: RunConfig, topology: Topology, weights: Mapping[str, Tensor] | None = None) -> Engine:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megameta.config import load_config
 from megameta.data.indexed import IndexedDatasetWriter
 from megameta.train.metrics import read_metrics
 
@@ -56,3 +57,9 @@ def test_losses_on_the_gpu_follow_float32_on_the_cpu(folder: Path, precision: st
     tolerance = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
     assert len(found) == len(expected)
     assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < tolerance
+
+
+def test_auto_is_bf16_and_stays_so_on_a_cpu(folder: Path) -> None:
+    for words in (["train.num_steps=10"], ["run.device=cpu"]):
+        losses(folder, "auto", *words)
+        assert load_config(folder / "auto" / "config.yaml").train.precision == "bf16"
