@@ -7,7 +7,8 @@
 # start and stop. Each part has a time limit; one that fails or is cut off is recorded, with the end of its output, and the
 # others go on. The exit code is 1 where one did. NANOGPT names a clone of nanoGPT for its row among the peers.
 #
-# On a machine without a network and without some of the packages, put their wheels into a folder and name it in WHEELS:
+# Packages that are missing are named first, all at once. On a machine without a network, put their wheels into a folder
+# and name it in WHEELS:
 #   python -m pip download --no-deps -d wheels deepspeed==0.19.8 …      (or pip wheel, for a package without one)
 #   WHEELS=wheels benchmarks/gpu.sh out
 # On a machine without a CUDA device DEVICE=cpu proves the script itself at a small size; SCALE=3 makes its limits 3 times
@@ -18,8 +19,6 @@ out=${1:?usage: benchmarks/gpu.sh OUTPUT_DIR}
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 parts=${PARTS:-tests branch dense engine_152m engine_1.3b peers long_sequences start_stop}
-mkdir -p "$out"
-rm -f "$out"/*.json "$out"/*.code
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # A part that is cut off while it compiles leaves half a file, on which the next program that finds it would fail.
@@ -30,6 +29,9 @@ if [ -n "${WHEELS:-}" ]; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+"$python" benchmarks/needs.py || exit 1
+mkdir -p "$out"
+rm -f "$out"/*.json "$out"/*.code
 
 # part NAME SECONDS COMMAND…: run one with a limit; its output, exit code and seconds go into the folder.
 part() {
