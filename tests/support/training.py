@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megameta.config import RunConfig, build_config
+from megameta.config import RunConfig, build_config, settle
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.loader import StepLoader
@@ -80,7 +80,8 @@ def tiny_values(train: str, **changes) -> dict:
 
 
 def tiny_config(train: str, **changes) -> RunConfig:
-    return build_config(tiny_values(train, **changes))
+    """Of a run on the CPU, settled."""
+    return settle(build_config(tiny_values(train, **changes)), "cpu")
 
 
 def training_set(config: RunConfig) -> Dataset:
