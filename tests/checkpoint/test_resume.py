@@ -3,7 +3,7 @@
 import pytest
 
 from megameta.checkpoint import check_resumable
-from megameta.config import build_config
+from megameta.config import build_config, settle
 from megameta.errors import UserError
 from megameta.train.setup import DrawnWeights, build_model
 
@@ -13,7 +13,7 @@ BASE = {"data": {"train": "x", "tokenizer": None}, "deepspeed": {"zero_optimizat
 def changed(*overrides):
     from megameta.config import apply_overrides
 
-    return build_config(apply_overrides(BASE, list(overrides)))
+    return settle(build_config(apply_overrides(BASE, list(overrides))), "cpu")
 
 
 @pytest.mark.parametrize(
