@@ -6,6 +6,11 @@ from megameta.config.sections import RunConfig
 BF16_CAPABILITY = 8
 
 
+def is_settled(config: RunConfig) -> bool:
+    """Whether no value is "auto"."""
+    return config.train.precision != "auto"
+
+
 def settle(
     config: RunConfig, device: str, *, capability: int = BF16_CAPABILITY, saved: RunConfig | None = None
 ) -> RunConfig:
@@ -16,9 +21,9 @@ def settle(
         capability: major CUDA compute capability, the lowest of all ranks.
         saved: of the checkpoint from which the run resumes: what it began with stays, whatever the device is now.
     """
-    if config.train.precision != "auto":
+    if is_settled(config):
         return config
-    if saved is not None and saved.train.precision != "auto":
+    if saved is not None and is_settled(saved):
         precision = saved.train.precision
     else:
         precision = "bf16" if device == "cuda" and capability >= BF16_CAPABILITY else "fp32"

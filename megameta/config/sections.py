@@ -159,6 +159,11 @@ class TrainSection(Section):
     peak_tflops: float | None = Field(None, gt=0)
     """The device's peak for mfu, in TFLOP/s. Default: measured with matrix products at the start of the run."""
 
+    @property
+    def products(self) -> str:
+        """In what matrix products are made: the precision, or tf32."""
+        return "tf32" if self.tf32 and self.precision == "fp32" else self.precision
+
 
 class OptimizerSection(Section):
     """AdamW and its schedule."""

@@ -48,7 +48,7 @@ class Hardware:
     @staticmethod
     def default_peak(config: RunConfig) -> float:
         """Of an H100 SXM, dense."""
-        return 989e12 if config.train.precision != "fp32" else 495e12 if config.train.tf32 else 67e12
+        return {"fp32": 67e12, "tf32": 495e12}.get(config.train.products, 989e12)
 
     def bandwidth(self, stride: int, ranks: int) -> float:
         """Bytes/s of a rank in a ring over ``ranks`` ranks, each ``stride`` after the one before.

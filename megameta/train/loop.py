@@ -161,9 +161,8 @@ class Trainer:
     def _train(self) -> int:
         config, topology = self.config, self.topology
         peak = config.train.peak_tflops
-        precision = "tf32" if config.train.tf32 and config.train.precision == "fp32" else config.train.precision
         peak_flops = peak * 1e12 if peak else measure_peak_flops(topology.device, config.train.precision)
-        source = "train.peak_tflops" if peak else f"measured with {precision} products"
+        source = "train.peak_tflops" if peak else f"measured with {config.train.products} products"
         LOG.info("mfu is a share of %.3g TFLOP/s a rank, %s", peak_flops / 1e12, source)
         slots = config.train.global_batch_size * config.data.sequence_length
         self._flops_rate = step_flops(config) / slots / (peak_flops * topology.world_size)

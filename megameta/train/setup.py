@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig, settle
-from megameta.config.automatic import BF16_CAPABILITY
+from megameta.config.automatic import BF16_CAPABILITY, is_settled
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
 from megameta.model.init import draw_parameter
@@ -21,13 +21,14 @@ from megameta.parallel.topology import Topology
 
 
 def settle_on(config: RunConfig, topology: Topology, saved: RunConfig | None = None) -> RunConfig:
-    """The configuration with a value in place of every "auto", the same on all ranks: collective on GPUs.
+    """The configuration with a value in place of every "auto", the same on all ranks. Collective on GPUs
+    where there is one.
 
     Args:
         saved: of the checkpoint from which the run resumes.
     """
     capability = BF16_CAPABILITY
-    if topology.device_type == "cuda":
+    if topology.device_type == "cuda" and not is_settled(config):
         lowest = torch.tensor(torch.cuda.get_device_capability(topology.device)[0], device=topology.device)
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         capability = int(lowest)
