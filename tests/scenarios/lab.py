@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.waiting import wait_until
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "ip", "unshare", "nsenter")
@@ -112,11 +114,7 @@ class Lab:
         self, what: Callable[[], object], *, timeout: float, why: Callable[[], str] = lambda: "", every: float = 0.1
     ) -> object:
         """Until something is so; its value."""
-        end = time.monotonic() + timeout
-        while not (value := what()):
-            assert time.monotonic() < end, f"not so within {timeout:g} s\n{why()}"
-            time.sleep(every)
-        return value
+        return wait_until(what, limit=timeout, why=why, pause=every)
 
     def wait_for_slurm(
         self, what: Callable[[], object], *, timeout: float, why: Callable[[], str] = lambda: ""
