@@ -1,13 +1,13 @@
 """benchmarks/gpu.sh says at once which packages it lacks."""
 
 import importlib.metadata
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.commands import plain_environment, true_process
+from tests.support.server import ROOT
+
 SCRIPT = str(ROOT / "benchmarks" / "needs.py")
 #: Puts the script's names into a namespace, with some packages hidden from it.
 HIDING = """
@@ -26,8 +26,9 @@ names = runpy.run_path(sys.argv[1])
 
 
 def said(code: str, *hidden: str) -> str:
-    command = [sys.executable, "-c", HIDING + code, SCRIPT, " ".join(hidden)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = true_process(sys.executable, "-c", HIDING + code, SCRIPT, " ".join(hidden))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 CUDA_IMAGE_LACKS = ("annotated-types", "deepspeed", "hjson", "pydantic", "pydantic-core", "typing-inspection")
@@ -54,8 +55,8 @@ def test_nothing_runs_where_something_is_missing(tmp_path):
     """In a Python that has no packages at all: they are named before anything is written."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    command = ["env", f"PYTHON={tmp_path}/python", "bash", str(ROOT / "benchmarks" / "gpu.sh"), f"{tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = plain_environment(PYTHON=f"{tmp_path}/python")
+    done = true_process("bash", ROOT / "benchmarks" / "gpu.sh", tmp_path / "out", environment=environment)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     wanted = ["deepspeed", "hjson", "numpy", "pydantic-core", "torch", "typing-inspection"]

@@ -1,6 +1,5 @@
 """What a start imports: seconds that every command and every rank of a run spends before it does anything."""
 
-import subprocess
 import sys
 import textwrap
 
@@ -9,6 +8,7 @@ import yaml
 
 import megameta.model
 from megameta.train.engine import import_deepspeed
+from tests.support.commands import true_process
 from tests.support.ranks import run_ranks
 from tests.support.training import tiny_values
 
@@ -32,7 +32,9 @@ WITHOUT_TORCH = [
 def loaded(code: str, *arguments: str) -> list[str]:
     """What a new interpreter prints while it imports."""
     command = [sys.executable, "-c", f"import importlib, sys\n{textwrap.dedent(code)}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = true_process(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_what_computes_nothing_needs_no_torch():

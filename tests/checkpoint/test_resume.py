@@ -41,6 +41,7 @@ def changed(*overrides):
     ],
 )
 def test_may_change(override):
+    assert changed(override) != changed(), "nothing would be shown by a value that is the default"
     check_resumable(changed(), changed(override), "here")
     check_resumable(changed(override), changed(), "here")
 

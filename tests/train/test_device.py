@@ -11,7 +11,7 @@ from megameta.train.engine import deepspeed_environment, import_deepspeed
 from tests.support.commands import plain_environment, true_process
 from tests.support.ranks import run_ranks
 from tests.support.runs import last_step
-from tests.support.training import tiny_values, write_corpus
+from tests.support.training import tiny_values
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,11 @@ def test_what_deepspeed_is_told(device, expected):
     assert deepspeed_environment(Topology(world_size=4, rank=3, local_rank=3, device=device)) == expected
 
 
-def test_a_run_on_the_cpu_where_the_environment_says_cuda(tmp_path):
-    write_corpus(tmp_path / "text")
-    values = tiny_values(str(tmp_path / "text"), train__num_steps=4, parallel__zero_stage=3)
+def test_a_run_on_the_cpu_where_the_environment_says_cuda(tmp_path, corpus):
+    values = tiny_values(corpus, train__num_steps=4, parallel__zero_stage=3)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     words = ["-m", "megameta", "train", "run.yaml", "run.dir=run"]
-    environment = {**plain_environment(), "DS_ACCELERATOR": "cuda"}
+    environment = plain_environment(DS_ACCELERATOR="cuda")
     done = true_process(sys.executable, *words, folder=tmp_path, environment=environment)
     assert (done.returncode, last_step(tmp_path / "run")) == (0, 4), done.stderr
 
