@@ -108,6 +108,18 @@ class Block(nn.Module):
         return rows.scatter_add(x_BTD, self.meta_attention(h_BMD, rows.rotation, rows.mask, update))
 
 
+def make_logits(x_BTD: Tensor, weight_PD: Tensor, vocab_size: int, *, padded: bool) -> Tensor:
+    """(B, T, D) times the first V rows of the weight: logits (B, T, V).
+
+    Args:
+        padded: multiply by all P rows and cut columns off. Rows of V logits start at addresses that a GPU multiplies
+            slowly, in each of three products. On a CPU that costs more: log-softmax would copy all logits first.
+    """
+    if padded:
+        return F.linear(x_BTD, weight_PD)[..., :vocab_size]
+    return F.linear(x_BTD, weight_PD[:vocab_size])
+
+
 class Head(nn.Module):
     """Final norm and the projection to the vocabulary, whose weight is the embedding's where they are tied."""
 
@@ -128,9 +140,10 @@ class Head(nn.Module):
             project: what is made of normalised x (B, T, D) and the weight (V, D) in place of logits.
         """
         weight_PD = embedding_PD if self.output is None else self.output.weight
-        # Rows cut off the weight, not columns off the logits: that would copy B · T · V numbers.
-        weight_VD = weight_PD[: self.vocab_size]
-        return F.linear(self.norm(x_BTD), weight_VD) if project is None else project(self.norm(x_BTD), weight_VD)
+        x_BTD = self.norm(x_BTD)
+        if project is not None:
+            return project(x_BTD, weight_PD[: self.vocab_size])
+        return make_logits(x_BTD, weight_PD, self.vocab_size, padded=x_BTD.is_cuda)
 
 
 def run_blocks(

@@ -4,12 +4,14 @@ While a chunk's logits are at hand its gradients are made too, and the backward 
 computed twice. From the forward to the backward pass are kept the gradients of the hidden states (R · D) and of the
 output weight (N · D) in place of R · N log-probabilities.
 
-Letters: R rows, C rows of a chunk, D model width, N entries of the vocabulary here (all V, or this rank's).
+Letters: R rows, C rows of a chunk, D model width, N entries of the vocabulary here (all V, or this rank's), P those
+with padding.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megameta.parallel.collectives import cross_entropy_and_gradient
@@ -18,6 +20,12 @@ from megameta.parallel.groups import TensorParallel
 #: A chunk has at least as many rows: less would make thin matrix products, and the weight's gradient is read and
 #: written once a chunk.
 MIN_ROWS = 256
+
+
+def row_multiple(device_type: str) -> int:
+    """Products are made with a multiple of so many entries: rows of logits whose bytes do not divide by 16 take a GPU's
+    slow kernels."""
+    return 64 if device_type == "cuda" else 1
 
 
 def chunk_rows(rows: int, width: int, entries: int) -> int:
@@ -32,22 +40,26 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         kind, exact = x_RD.device.type, torch.promote_types(x_RD.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
-        grad_x_RD, grad_weight_ND = torch.empty_like(x_RD), torch.zeros_like(weight_ND, dtype=exact)
+        entries = len(weight_ND)
+        padding = -entries % row_multiple(kind)
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_weight_PD = weight_ND.new_zeros(entries + padding, weight_ND.shape[1], dtype=exact)
         total = x_RD.new_zeros((), dtype=exact)
         with torch.autocast(kind, enabled=False):
-            w_ND = weight_ND.to(dtype)
+            w_PD = F.pad(weight_ND.to(dtype), (0, 0, 0, padding)) if padding else weight_ND.to(dtype)
             for x_CD, label_C, grad_CD in zip(x_RD.split(rows), label_R.split(rows), grad_x_RD.split(rows)):
                 x_CD = x_CD.to(dtype)
-                loss, grad_CN = cross_entropy_and_gradient((x_CD @ w_ND.t()).to(exact), label_C, start, tp)
-                total += loss
-                grad_CN = grad_CN.to(dtype)
-                grad_CD.copy_(grad_CN @ w_ND)
+                # Logits, and in their place their gradient; in the columns of padding both are products with 0.
+                chunk_CP = (x_CD @ w_PD.t()).to(exact)
+                total += cross_entropy_and_gradient(chunk_CP[:, :entries], label_C, start, tp)[0]
+                chunk_CP = chunk_CP.to(dtype)
+                grad_CD.copy_(chunk_CP @ w_PD)
                 if dtype == exact:
-                    grad_weight_ND.addmm_(grad_CN.t(), x_CD)
+                    grad_weight_PD.addmm_(chunk_CP.t(), x_CD)
                 else:
-                    grad_weight_ND += grad_CN.t() @ x_CD
-                del grad_CN  # or it would live beside the next chunk's logits
-        ctx.save_for_backward(grad_x_RD, grad_weight_ND.to(weight_ND.dtype))
+                    grad_weight_PD += chunk_CP.t() @ x_CD
+                del chunk_CP  # or it would live beside the next chunk's
+        ctx.save_for_backward(grad_x_RD, grad_weight_PD[:entries].to(weight_ND.dtype))
         return total
 
     @staticmethod

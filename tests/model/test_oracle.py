@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megameta.model import GPT, ModelConfig, make_context
+from megameta.model import GPT, ModelConfig, cross_entropy_sum, make_context
+from megameta.model.gpt import make_logits
 from megameta.model.init import is_vocabulary_table
 from tests.support import oracle
 from tests.support.models import (
@@ -208,6 +209,26 @@ def test_text_rows_do_not_reach_the_branch() -> None:
     poison[:, 0] = False
     poisoned = add_branch(config, model, token, x.masked_fill(poison[..., None], float("nan")))
     assert torch.equal(poisoned[is_meta], clean[is_meta])
+
+
+def test_padded_logits_have_the_same_loss_and_gradients() -> None:
+    """As a GPU makes them; what pads the vocabulary gets no gradient at all."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 8, dtype=torch.float64, generator=generator)
+    weight[37:] = 0
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator)
+    label = torch.randint(0, 37, (2, 5), generator=generator)
+    results = []
+    for padded in (False, True):
+        leaves = [z.clone().requires_grad_() for z in (x, weight)]
+        logits = make_logits(*leaves, 37, padded=padded)
+        assert logits.shape == (2, 5, 37)
+        loss = cross_entropy_sum(logits, label)
+        loss.backward()
+        assert not leaves[1].grad[37:].any()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])

@@ -58,6 +58,18 @@ def test_loss_and_gradients(rows, dtype, bound):
     assert not x.grad[1].any()
 
 
+@pytest.mark.parametrize("multiple", [1, 7, 64])
+def test_a_padded_product_changes_nothing(multiple, monkeypatch):
+    """As on a GPU; entries of padding have no gradient to give."""
+    monkeypatch.setattr(fused_loss, "row_multiple", lambda device_type: multiple)
+    monkeypatch.setattr(fused_loss, "MIN_ROWS", 5)
+    x, weight, label, scale = make_case()
+    loss = fused_cross_entropy_sum(x, weight, label)
+    (loss * scale).backward()
+    assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
+    assert max(errors(loss, x, weight)) < 1e-14
+
+
 def test_bf16_is_as_near_as_logits_are(rows):
     found = {}
     for name in ("logits", "fused"):
