@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megameta.model import GPT, Context, DecodingCache
+from megameta.model import GPT, Context
 from megameta.model.rope import rotate
 
 
@@ -30,15 +30,13 @@ def dense_add_meta(block: torch.nn.Module, context: Context, x_BTD: Tensor) -> T
 def make_dense(model: GPT) -> GPT:
     """Switch a model's blocks to the dense form, in place."""
     for block in model.blocks:
+        if block.parallel_residual:
+            raise ValueError("the dense form is that of a sequential residual")
 
-        def add_meta(
-            x_BTD: Tensor,
-            source_BTD: Tensor,
-            context: Context,
-            cache: DecodingCache | None,
-            block: torch.nn.Module = block,
-        ) -> Tensor:
-            return dense_add_meta(block, context, x_BTD)
+        def forward(x_BTD: Tensor, context: Context, cache: None = None, block: torch.nn.Module = block) -> Tensor:
+            out_BTD = x_BTD + block.attention(block.norm_1(x_BTD), context.rotation, context.mask)
+            out_BTD = dense_add_meta(block, context, out_BTD)
+            return out_BTD + block.mlp(block.norm_2(out_BTD))
 
-        block.add_meta = add_meta
+        block.forward = forward
     return model

@@ -54,7 +54,7 @@ def _parts_of_batch(subject: Subject, batch: Batch) -> dict[str, Tensor]:
     added: dict[int, dict[str, Tensor]] = {}
 
     def see(layer: int, part: PartName, output: Tensor) -> None:
-        added.setdefault(layer, {})[part] = output if part == "meta" else rows.gather(output)
+        added.setdefault(layer, {})[part] = output if part == "meta" else rows.take(output)[1]
 
     with observed_parts(subject.model, see, lambda layer, x_BMD: sources.update({layer: x_BMD})):
         subject.model.hidden_states(batch.token_BT, context)

@@ -52,8 +52,8 @@ def blocks_of(model: GPT) -> list[Block]:
 
 def visible_keys(mask: Mask, rows: int, keys: int, device: torch.device) -> Tensor:
     """What a mask allows, (B or 1, T, S) bool."""
-    if mask.allowed_BTS is not None:
-        return mask.allowed_BTS
+    if (allowed_BTS := mask.allowed_BTS) is not None:
+        return allowed_BTS
     everything = torch.ones(1, rows, keys, dtype=torch.bool, device=device)
     return everything.tril() if mask.causal else everything
 

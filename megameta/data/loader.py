@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megameta.data.dataset import IGNORE_INDEX, Dataset, Sample
+from megameta.model import DocumentRuns, find_document_runs
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Batch:
     """No target stands in a column before this one."""
     group_BT: Tensor | None = None
     """Which group of an evaluation the target of each slot counts to, from 0, where losses are summed by groups."""
+    document_runs: DocumentRuns | None = None
+    """What ``make_context`` would wait for a GPU to find out, where it was found out beforehand."""
 
     def to(self, device: str) -> "Batch":
         """The batch on a device."""
@@ -43,7 +46,15 @@ class Batch:
             document_BT=None if self.document_BT is None else change(self.document_BT),
             position_BT=None if self.position_BT is None else change(self.position_BT),
             group_BT=None if self.group_BT is None else change(self.group_BT),
+            document_runs=None if self.document_runs is None else self.document_runs.with_each(change),
         )
+
+    def with_runs(self, meta_token_id: int) -> "Batch":
+        """The batch with its ``document_runs``, where it has documents; while it is on the host."""
+        if self.document_BT is None or self.num_meta_columns is None:
+            return self
+        runs = find_document_runs(self.token_BT, self.document_BT, meta_token_id, self.num_meta_columns)
+        return replace(self, document_runs=runs)
 
     def padded(self, multiple: int, token: int) -> "Batch":
         """Rows added at the end until their number divides by ``multiple``: of ``token``, without targets, in a
@@ -63,6 +74,7 @@ class Batch:
             document_BT=None if documents is None else extend(documents, documents.amax(dim=1, keepdim=True) + 1),
             position_BT=None if positions is None else extend(positions, 0),
             group_BT=None if groups is None else extend(groups, 0),
+            document_runs=None,
         )
 
     @property
@@ -139,7 +151,7 @@ class StepLoader:
         for step in range(self.accumulation_steps):
             row = (step * ranks + self.data_parallel_rank) * micro
             batch = self.make_batch(number, row)
-            batches.append(batch.pin_memory() if self.pin_memory else batch)
+            batches.append(batch.with_runs(self.dataset.form.meta_token_id).pin_memory() if self.pin_memory else batch)
         return batches
 
     def make_batch(self, number: int, row: int) -> Batch:

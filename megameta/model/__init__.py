@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megameta.model.attention import Attention as Attention
+    from megameta.model.attention import Documents as Documents
+    from megameta.model.attention import Mask as Mask
     from megameta.model.cache import DecodingCache as DecodingCache
     from megameta.model.config import ModelConfig as ModelConfig
     from megameta.model.context import Context as Context
-    from megameta.model.context import Mask as Mask
+    from megameta.model.context import DocumentRuns as DocumentRuns
     from megameta.model.context import MetaRows as MetaRows
+    from megameta.model.context import find_document_runs as find_document_runs
     from megameta.model.context import make_context as make_context
     from megameta.model.gpt import GPT as GPT
     from megameta.model.gpt import Block as Block
@@ -26,10 +29,10 @@ if TYPE_CHECKING:
     from megameta.model.pruning import PruningCache as PruningCache
 
 _NAMES = {
-    "attention": ("Attention",),
+    "attention": ("Attention", "Documents", "Mask"),
     "cache": ("DecodingCache",),
     "config": ("ModelConfig",),
-    "context": ("Context", "Mask", "MetaRows", "make_context"),
+    "context": ("Context", "DocumentRuns", "MetaRows", "find_document_runs", "make_context"),
     "gpt": ("GPT", "Block", "Embedding", "Head"),
     "init": ("initialize_weights",),
     "loss": ("IGNORE_INDEX", "cross_entropy_sum"),

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megameta.model.attention import Attention
+from megameta.model.attention import Attention, to_product_dtype
 from megameta.model.cache import DecodingCache
 from megameta.model.config import ModelConfig
-from megameta.model.context import Context, make_context
+from megameta.model.context import Context, DocumentRuns, MetaRows, make_context
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -66,6 +66,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        x_BTD = to_product_dtype(x_BTD)
         h_BTF = self.up_proj(x_BTD)
         if self.gate_proj is not None:
             h_BTF = F.silu(self.gate_proj(x_BTD)) * h_BTF
@@ -92,20 +93,26 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, cache: DecodingCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        rows = context.meta if self.meta_attention is not None else None
+        if rows is not None and self.parallel_residual:
+            x_BTD, source_BMD = rows.take(x_BTD)
         update = partial(cache.update_causal, self.layer) if cache is not None else None
-        out_BTD = x_BTD + self.attention(self.norm_1(x_BTD), context.rotation, context.mask, update)
-        out_BTD = self.add_meta(out_BTD, x_BTD if self.parallel_residual else out_BTD, context, cache)
+        out_BTD = self.attention(self.norm_1(x_BTD), context.rotation, context.mask, update)
+        if rows is None or self.parallel_residual:
+            out_BTD = x_BTD + out_BTD
+        else:
+            out_BTD, source_BMD = rows.take(x_BTD, out_BTD)
+        if rows is not None:
+            out_BTD = rows.add_(out_BTD, self.branch(source_BMD, rows, cache))
         return out_BTD + self.mlp(self.norm_2(x_BTD if self.parallel_residual else out_BTD))
 
-    def add_meta(self, x_BTD: Tensor, source_BTD: Tensor, context: Context, cache: DecodingCache | None) -> Tensor:
-        """x plus the meta branch of ``source``, computed over the meta rows alone: cost is M rows, not T."""
-        rows = context.meta
-        if self.meta_attention is None or self.norm_meta is None or rows is None:
-            return x_BTD
+    def branch(self, x_BMD: Tensor, rows: MetaRows, cache: DecodingCache | None = None) -> Tensor:
+        """The meta branch of the meta rows (B, M, D) alone: its cost is M rows, not T."""
+        if self.norm_meta is None or self.meta_attention is None:
+            raise ValueError(f"layer {self.layer} has no meta branch")
         update = partial(cache.update_meta, self.meta_layer) if cache is not None else None
-        # The norm works row by row, so it may come after the gather.
-        h_BMD = self.norm_meta(rows.gather(source_BTD))
-        return rows.scatter_add(x_BTD, self.meta_attention(h_BMD, rows.rotation, rows.mask, update))
+        # The norm works row by row, so it may come after the rows are taken.
+        return self.meta_attention(self.norm_meta(x_BMD), rows.rotation, rows.mask, update)
 
 
 def make_logits(x_BTD: Tensor, weight_PD: Tensor, vocab_size: int, *, padded: bool) -> Tensor:
@@ -188,6 +195,7 @@ class GPT(nn.Module):
         position_BT: Tensor | None = None,
         document_BT: Tensor | None = None,
         num_meta_columns: int | None = None,
+        document_runs: DocumentRuns | None = None,
         cache: DecodingCache | None = None,
     ) -> Tensor:
         """Token ids (B, T) to logits (B, T, V). The arguments are those of ``make_context``."""
@@ -197,6 +205,7 @@ class GPT(nn.Module):
             position_BT=position_BT,
             document_BT=document_BT,
             num_meta_columns=num_meta_columns,
+            document_runs=document_runs,
             cache=cache,
         )
         return self.head(self.hidden_states(token_BT, context, cache), self.embedding.tokens.weight)

@@ -4,11 +4,12 @@ What autograd saves (tests/parallel/test_activations.py compares with what it di
 tensors):
 
 - A norm keeps its input, its statistics and, RMSNorm, the normalised rows (CUDA's fused RMSNorm does without those).
-- The residual stream is float32 under autocast, and so is what norms return. Each linear layer fed by it makes and
-  keeps its own bf16 copy: three for queries, keys and values. Under ZeRO 3 DeepSpeed's linear keeps the float32 input.
+- The residual stream is float32 under autocast, and so is what norms return. The linear layers that it feeds keep one
+  bf16 copy of it together.
 - Linear layers under autocast keep a bf16 copy of their weight, once a micro-batch in flight; not under ZeRO 3.
 - Attention keeps queries, keys, values, its output and a float32 log-sum a row and head; never a T × T matrix, except
-  for the mask of documents, which sdpa converts in every layer.
+  for the mask of documents of short sequences on a CPU, which sdpa converts in every layer. (Long ones on a CPU keep
+  the output twice: by documents, and together. A GPU of compute capability 7 or less keeps masks that are not counted.)
 - The loss keeps float32 log-probabilities of all rows; its backward pass needs two more of that size for a moment.
   Fused, it keeps the gradients of hidden states and output weight, and needs a chunk's logits for a moment.
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig
 from megameta.model import ModelConfig
+from megameta.model.attention import BY_DOCUMENT
 from megameta.parallel.fused_loss import chunk_rows
 from megameta.parallel.layout import Layout, block_weights, table_rows
 
@@ -114,14 +116,15 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
     block_input = widths.residual * own_rows * width
     block = block_input * (1 if model.parallel_residual else 2)
     block += 2 * _norm(model, widths, own_rows)
-    block += _linear_input(widths, rows, width, 3) + _attention(model, widths, rows, layout.tensor)
+    block += _linear_input(widths, rows, width) + _attention(model, widths, rows, layout.tensor)
     block += _mlp(model, widths, rows, layout.tensor)
-    branch: float = 2 * widths.residual * meta_rows * width  # the gathered rows; the rows to be added
-    branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width, 3)
+    branch: float = widths.residual * meta_rows * width + meta_rows  # the rows taken; which of them are padding
+    branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width)
     branch += _attention(model, widths, meta_rows, layout.tensor)
-    if config.data.document_mask:
-        block += widths.linear * rows * config.data.sequence_length
-        branch += widths.linear * meta_rows**2 / layout.micro_batch_size
+    if config.data.document_mask and config.run.device != "cuda":
+        length, columns = config.data.sequence_length, meta_rows / layout.micro_batch_size
+        block += widths.linear * rows * (length if length < BY_DOCUMENT else width / layout.tensor)
+        branch += widths.linear * meta_rows * (columns if columns < BY_DOCUMENT else width / layout.tensor)
     linear_weights = block_weights(model, layout.tensor, has_meta=False).linear
     branch_weights = block_weights(model, layout.tensor, has_meta=True).linear - linear_weights
     inner = model.intermediate_size / layout.tensor
@@ -150,9 +153,9 @@ def _norm(model: ModelConfig, widths: Widths, rows: float) -> float:
     return 4 * rows + widths.residual * rows * model.hidden_size if model.norm == "rmsnorm" else 8 * rows
 
 
-def _linear_input(widths: Widths, rows: float, width: int, count: int) -> float:
-    """What ``count`` linear layers keep of the norm's output that feeds them."""
-    return count * widths.linear * rows * width if widths.copies else widths.residual * rows * width
+def _linear_input(widths: Widths, rows: float, width: int) -> float:
+    """What linear layers keep of the norm's output that feeds them: all of them one tensor, in their dtype."""
+    return widths.linear * rows * width
 
 
 def _attention(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> float:
@@ -170,7 +173,7 @@ def _attention(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> 
 def _mlp(model: ModelConfig, widths: Widths, rows: float, tensor: int) -> float:
     gated = model.activation == "swiglu"
     hidden = widths.linear * rows * model.intermediate_size / tensor
-    return _linear_input(widths, rows, model.hidden_size, 2 if gated else 1) + hidden * (4 if gated else 2)
+    return _linear_input(widths, rows, model.hidden_size) + hidden * (4 if gated else 2)
 
 
 def _shared(config: RunConfig, layout: Layout, rows: float) -> float:
@@ -198,7 +201,7 @@ def _columns(model: ModelConfig, layout: Layout) -> int:
 def _head(model: ModelConfig, widths: Widths, layout: Layout, rows: float, own_rows: float) -> float:
     width, columns = model.hidden_size, _columns(model, layout)
     kept = widths.residual * own_rows * width + _norm(model, widths, own_rows)
-    kept += _linear_input(widths, rows, width, 1)
+    kept += _linear_input(widths, rows, width)
     kept += 2 * columns * width if widths.copies else 0
     return kept + 4 * rows * columns + (8 if layout.tensor == 1 else 0) * rows
 

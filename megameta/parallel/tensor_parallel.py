@@ -123,7 +123,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
 
 @dataclass(frozen=True)
 class ShardedMetaRows(MetaRows):
-    """Meta rows of a residual stream that is sharded along T. The M rows themselves are held by every rank: gathering
+    """Meta rows of a residual stream that is sharded along T. The M rows themselves are held by every rank: taking them
     sums what each contributes (an all-reduce of B · M · D), and adding back keeps each rank's own rows (backward: the
     same all-reduce). So the branch between the two is computed as it is without sequence parallelism.
     """
@@ -143,14 +143,15 @@ class ShardedMetaRows(MetaRows):
         index_R = (row_BM.masked_fill(~is_own_BM, 0) + offset_B1).flatten()
         return cls(index_R, rows.is_real_BM, rows.mask, rows.rotation, tp, is_own_BM)
 
-    def gather(self, x_BSD: Tensor) -> Tensor:
-        """The meta rows of all ranks' x: (B, M, D), the same on every rank."""
-        return reduce_shards(super().gather(x_BSD).masked_fill(~self.is_own_BM[..., None], 0), self.tp)
+    def take(self, x_BSD: Tensor, y_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x, or its sum with y: own rows; the meta rows of all ranks' sums: (B, M, D), the same on every rank)."""
+        x_BSD, rows_BMD = super().take(x_BSD, y_BSD)
+        return x_BSD, reduce_shards(rows_BMD.masked_fill(~self.is_own_BM[..., None], 0), self.tp)
 
-    def scatter_add(self, x_BSD: Tensor, y_BMD: Tensor) -> Tensor:
-        """Own rows of x with y added where they are meta-tokens."""
+    def add_(self, x_BSD: Tensor, y_BMD: Tensor) -> Tensor:
+        """Own rows of x with y added where they are meta-tokens, in place."""
         own = replace(self, is_real_BM=self.is_own_BM)
-        return MetaRows.scatter_add(own, x_BSD, copy_to_shards(y_BMD, self.tp))
+        return MetaRows.add_(own, x_BSD, copy_to_shards(y_BMD, self.tp))
 
 
 def shard_context(context: Context, tp: TensorParallel | None) -> Context:

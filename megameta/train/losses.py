@@ -37,6 +37,7 @@ class LossModule(nn.Module):
             position_BT=batch.position_BT,
             document_BT=batch.document_BT,
             num_meta_columns=batch.num_meta_columns,
+            document_runs=batch.document_runs,
         )
         context = shard_context(context, self.tensor_parallel)
         x_BTD = self.gpt.hidden_states(batch.token_BT, context)

@@ -10,6 +10,7 @@ from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.loader import Batch, StepLoader, next_batch_number
 from megameta.data.samples import Corpus, SampleIndex
+from megameta.model import ModelConfig, make_context
 
 GLOBAL = 16
 
@@ -109,6 +110,25 @@ def test_skipped_ranges(skip, expected):
         visited.append(number)
         number += 1
     assert visited == expected
+
+
+@pytest.mark.parametrize("metas", [0, 3])
+def test_runs_of_documents_are_those_that_the_model_would_find(metas):
+    meta, config = 5, ModelConfig(vocab_size=6, hidden_size=8, num_heads=1, num_layers=1, max_position_embeddings=12)
+    token_BT = torch.zeros(2, 12, dtype=torch.int64)
+    token_BT[0, [0, 4, 5][:metas]] = meta
+    token_BT[1, [11][:metas]] = meta
+    document_BT = torch.tensor([[0] * 5 + [1] * 7, [3] * 11 + [4]])
+    batch = Batch(token_BT, token_BT, document_BT, None, metas, (0, 1)).with_runs(meta).to("cpu")
+    found = make_context(config, token_BT, document_BT=document_BT, num_meta_columns=metas)
+    runs = batch.document_runs
+    assert torch.equal(runs.rows.bounds_N, found.mask.documents.runs.bounds_N)
+    assert runs.rows.bounds_N[:5].tolist() == [0, 5, 12, 23, 24]
+    if metas:
+        assert torch.equal(runs.meta.bounds_N, found.meta.mask.documents.runs.bounds_N)
+        assert runs.meta.bounds_N[:5].tolist() == [0, 2, 3, 4, 6], "two of document 0, one of 1; one of 4, padding"
+    assert batch.padded(8, token=0).document_runs is None
+    assert dataclasses.replace(batch, document_BT=None, document_runs=None).with_runs(meta).document_runs is None
 
 
 def test_padding_changes_nothing_before_it():

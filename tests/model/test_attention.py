@@ -2,20 +2,23 @@
 
 import importlib.machinery
 import importlib.util
-import itertools
 import math
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megameta.model import DecodingCache, Mask, attention
-from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, segment_bounds
+from megameta.model import DecodingCache, Documents, Mask, attention
+from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, find_runs, has_varlen
 from tests.support.models import (
     LENGTH,
     assert_close,
@@ -58,7 +61,7 @@ class FakeFlash(types.ModuleType):
         self._check(q, k, v, 3)
         for bounds, rows, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
             assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(rows)
-            assert isinstance(longest, int) and longest == bounds.diff().max()
+            assert isinstance(longest, int) and longest >= bounds.diff().max()
         parts = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist())
         return torch.cat([_dense(q[a:b], k[a:b], v[a:b], causal) for a, b in parts])
 
@@ -92,9 +95,7 @@ def qkv(kv_heads: int, rows: int = LENGTH, queries: int = LENGTH, dtype: torch.d
 
 
 def document_mask(document: Tensor) -> Mask:
-    row = torch.arange(document.shape[1])
-    allowed = (row[None] <= row[:, None]) & (document[:, :, None] == document[:, None, :])
-    return Mask(causal=False, allowed_BTS=allowed, document_BT=document)
+    return Mask(documents=Documents(document))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -110,6 +111,34 @@ def test_flash_equals_sdpa(kind: str, kv_heads: int, flash: FakeFlash) -> None:
     assert_close(out, expected, 1e-2, kind)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kind", ["packed", "left_pad"])
+def test_varlen_equals_a_mask(kind: str, kv_heads: int, flash: FakeFlash, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel by its documented contract, of which flash-attn's has all but the names."""
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa or q.shape[1] == k.shape[1]
+        return flash.flash_attn_varlen_func(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    q, k, v = qkv(kv_heads)
+    documents = Documents(make_documents(kind))
+    out = attention._attend_varlen(q, k, v, documents.runs)
+    assert_close(out, attend_sdpa(q.double(), k.double(), v.double(), Mask(documents=documents)), 1e-2, kind)
+
+
+def test_varlen_is_taken_where_it_can_do_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(capability: int = 9) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+        return has_varlen.__wrapped__()
+
+    assert found() and found(8) and not found(7)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda *rows, is_causal=False: None)  # torch 2.10
+    assert not found()
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert not found()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_flash_falls_back_for_wide_dtypes(dtype: torch.dtype, flash: FakeFlash) -> None:
     q, k, v = qkv(2, dtype=dtype)
@@ -122,7 +151,7 @@ def test_flash_falls_back_for_cache_masks(flash: FakeFlash) -> None:
     """A chunk after a cache: the mask is neither causal from the first row nor one of documents alone."""
     q, k, v = qkv(2, queries=3)
     allowed = torch.ones(1, 3, LENGTH, dtype=torch.bool).tril(LENGTH - 3)
-    out = attend_flash(q, k, v, Mask(causal=False, allowed_BTS=allowed))
+    out = attend_flash(q, k, v, Mask(causal=False, explicit_BTS=allowed))
     assert flash.calls == []
     assert_close(out, attend_sdpa(q.double(), k.double(), v.double(), Mask(False, allowed)), 1e-2, "cache")
 
@@ -144,8 +173,8 @@ def test_flash_in_the_model(documents: str, flash: FakeFlash) -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
         errors[backend] = (logits.double() - exact).abs().max() / exact.abs().max()
         calls, flash.calls = flash.calls, []
-    # Causal attention in each of two layers; the branch too, unless its documents need a mask of their own.
-    assert calls == (["causal"] * 4 if documents == "one" else ["varlen"] * 2)
+    # Causal attention and the branch in each of two layers.
+    assert calls == ["causal" if documents == "one" else "varlen"] * 4
     assert errors["flash"] < 2 * errors["sdpa"] + 1e-3 < 0.05, errors
     cache = DecodingCache()
     with torch.no_grad():
@@ -163,17 +192,33 @@ def test_flash_in_the_model(documents: str, flash: FakeFlash) -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(-1, 2), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_segment_bounds(rows: list[list[int]]) -> None:
+def test_runs_of_documents(rows: list[list[int]]) -> None:
     document = torch.tensor(rows)
-    bounds, longest = segment_bounds(document)
-    assert bounds.dtype == torch.int32
+    bounds, longest = find_runs(document)
+    assert bounds.dtype == torch.int32 and len(bounds) == attention.FEWEST_RUNS + 1
     expected, flat = [0], [(i, d) for i, row in enumerate(rows) for d in row]
     for at in range(1, len(flat)):
         if flat[at] != flat[at - 1]:
             expected.append(at)
-    expected.append(len(flat))
-    assert bounds.tolist() == expected
-    assert longest == max(b - a for a, b in itertools.pairwise(expected))
+    assert bounds.tolist() == expected + [len(flat)] * (len(bounds) - len(expected))
+    assert longest == 5, "a bound: all of a short sequence"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "runs", "longest"),
+    [
+        ([300] * 20, 256, 1024),
+        ([1025, 1975], 256, 2048),
+        ([20] * 300, 512, 1024),
+        ([6000], 256, 6000),
+        ([1] * 1025, 2048, 1024),
+    ],
+)
+def test_runs_and_their_bound_take_few_values(sizes: list[int], runs: int, longest: int) -> None:
+    document = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None]
+    found = find_runs(document)
+    assert (len(found.bounds_N), found.longest) == (runs + 1, longest)
+    assert found.bounds_N.diff()[: len(sizes)].tolist() == sizes
 
 
 def test_flash_that_is_missing_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +252,27 @@ def test_long_sequences_go_document_by_document(kv_heads: int, monkeypatch: pyte
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_nothing_is_as_large_as_rows_times_rows_where_nothing_reads_it() -> None:
+    """Forward and backward of a whole model on long sequences of documents."""
+    length = attention.BY_DOCUMENT
+    config = small_config(max_position_embeddings=length)
+    model = small_model(config, torch.float32)
+    token = make_tokens(config, "one", batch=1, length=length)
+    token[0, ::10] = config.meta_token_id
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+            return out
+
+    with Watch():
+        model(token, document_BT=torch.arange(length)[None] // 500).square().mean().backward()
+    assert length * config.hidden_size < largest < length * length / 8
+
+
 def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_attention("flash") == ("flash", attend_flash)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -228,11 +294,7 @@ def test_real_flash_equals_sdpa(kind: str, kv_heads: int) -> None:
     heads = (4, kv_heads, kv_heads)
     inputs = [torch.randn(4, LENGTH, h, 64, generator=generator).cuda().bfloat16().transpose(1, 2) for h in heads]
     document = None if kind == "causal" else make_documents(kind).cuda()
-    if document is None:
-        mask = Mask(causal=True)
-    else:
-        on_cpu = document_mask(document.cpu())
-        mask = Mask(causal=False, allowed_BTS=on_cpu.allowed_BTS.cuda(), document_BT=document)
+    mask = Mask(causal=True) if document is None else document_mask(document)
     results = []
     for attend, dtype in ((attend_flash, torch.bfloat16), (attend_sdpa, torch.float64)):
         leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megameta.model import Context, MetaRows, make_context
+from megameta.model import Context, MetaRows, find_document_runs, make_context
 from tests.support.models import small_config
 
 META = 11
@@ -49,19 +49,46 @@ def test_index_lists_the_meta_rows_in_order(is_meta: Tensor, extra: int | None) 
 
 @quick
 @given(meta_masks(), extras)
-def test_gather_and_scatter_add_are_adjoint(is_meta: Tensor, extra: int | None) -> None:
-    """⟨gather(x), y⟩ over real columns = ⟨x, scatter_add(0, y)⟩, and scatter_add is the identity elsewhere."""
+def test_take_and_add_are_adjoint(is_meta: Tensor, extra: int | None) -> None:
+    """⟨take(x), y⟩ over real columns = ⟨x, add_(0, y)⟩, and add_ is the identity elsewhere."""
     _, rows = context_of(is_meta, extra)
     x = torch.randn(*is_meta.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.randn(*rows.is_real_BM.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    left = (rows.gather(x) * y)[rows.is_real_BM].sum()
-    right = (x * rows.scatter_add(torch.zeros_like(x), y)).sum()
+    left = (rows.take(x)[1] * y)[rows.is_real_BM].sum()
+    right = (x * rows.add_(torch.zeros_like(x), y)).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    added = rows.scatter_add(x, y)
+    added = rows.add_(x.clone(), y)
     assert torch.equal(added[~is_meta], x[~is_meta])
     torch.testing.assert_close(added[is_meta], x[is_meta] + y[rows.is_real_BM], rtol=0, atol=0)
     poisoned = y.masked_fill(~rows.is_real_BM[..., None], float("nan"))
-    assert torch.equal(rows.scatter_add(x, poisoned), added)
+    assert torch.equal(rows.add_(x.clone(), poisoned), added)
+
+
+@quick
+@given(meta_masks(), extras, st.booleans())
+def test_the_gradients_of_taking_and_adding_are_those_of_plain_indexing(
+    is_meta: Tensor, extra: int | None, has_two: bool
+) -> None:
+    """To the last bit, of a sum that later layers read and of its meta rows."""
+    _, rows = context_of(is_meta, extra)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*is_meta.shape, 3)] * 2 + [(*rows.is_real_BM.shape, 3)]
+    x, y, scale = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    results = []
+    for ours in (True, False):
+        leaves = [z.clone().requires_grad_() for z in (x, y)[: 1 + has_two]]
+        if ours:
+            total, taken = rows.take(*leaves)
+            out = rows.add_(total.clone() if len(leaves) == 1 else total, taken * scale)
+        else:
+            total = sum(leaves)
+            taken = total.flatten(0, 1)[rows.index_R].view(scale.shape)
+            added = torch.where(rows.is_real_BM[..., None], taken * scale, 0)
+            out = total.flatten(0, 1).index_add(0, rows.index_R, added.flatten(0, 1)).view_as(total)
+        (out + out.square()).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @quick
@@ -82,6 +109,9 @@ def test_no_query_is_left_without_a_key(is_meta: Tensor, extra: int | None, docu
         expected = (places[None] <= places[:, None]) & (document[b, places][None] == document[b, places][:, None])
         assert torch.equal(rows.mask.allowed_BTS[b, :count, :count], expected)
         assert not rows.mask.allowed_BTS[b, :count, count:].any()
+    runs = find_document_runs(torch.where(is_meta, META, 3), document, META, rows.is_real_BM.shape[1])
+    for mine, known in ((context.mask.documents.runs, runs.rows), (rows.mask.documents.runs, runs.meta)):
+        assert torch.equal(mine.bounds_N, known.bounds_N) and mine.longest == known.longest
 
 
 def test_no_columns_only_where_nothing_needs_gradients() -> None:

@@ -170,8 +170,9 @@ def test_no_meta_tokens_give_zero_gradients_and_the_twin_output(documents: str) 
 
 
 def add_branch(config: ModelConfig, model: GPT, token: torch.Tensor, x: torch.Tensor, **given: Any) -> torch.Tensor:
-    context = make_context(config, token, **given)
-    return model.blocks[0].add_meta(x, x, context, None)
+    rows = make_context(config, token, **given).meta
+    x, source = rows.take(x)
+    return rows.add_(x.clone(), model.blocks[0].branch(source, rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -74,14 +74,14 @@ def doubled_reduce() -> Any:
 
 
 def unreduced_meta() -> Any:
-    """The meta branch's output gradients stay on the rank whose rows they are of (no copy_to_shards in scatter_add)."""
+    """The meta branch's output gradients stay on the rank whose rows they are of (no copy_to_shards in add_)."""
     rows = tensor_parallel.ShardedMetaRows
 
-    def scatter_add(self: Any, x: Any, y: Any) -> Any:
+    def add(self: Any, x: Any, y: Any) -> Any:
         own = dataclasses.replace(self, is_real_BM=self.is_own_BM)
-        return tensor_parallel.MetaRows.scatter_add(own, x, y)
+        return tensor_parallel.MetaRows.add_(own, x, y)
 
-    return mock.patch.object(rows, "scatter_add", scatter_add)
+    return mock.patch.object(rows, "add_", add)
 
 
 @contextlib.contextmanager
