@@ -66,6 +66,31 @@ def test_as_many_run_at_once_as_there_are_slots_each_in_its_environment(tmp_path
     assert sorted(log(tmp_path)) == ["first", "second"]
 
 
+def test_the_last_line_of_a_job_at_work_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last_line = module._last_line
+
+    def tell(log: Path) -> str:
+        line = last_line(log)
+        if "3 of 7" in line:
+            (tmp_path / "told").touch()
+        return line
+
+    monkeypatch.setattr(module, "_REPORT_EVERY", 0.0)
+    monkeypatch.setattr(module, "_last_line", tell)
+    code = f"""
+    print('step 1 of 7', end='\\rstep 3 of 7\\n\\n', flush=True)
+    end = time.monotonic() + 600
+    while not pathlib.Path({str(tmp_path / "told")!r}).exists():
+        assert time.monotonic() < end, 'nobody said so'
+        time.sleep(0.05)
+    OUT.write_text('')
+    """
+    JobRunner(tmp_path, [job(tmp_path, "a", code)], 1).run()
+    assert "    a: step 3 of 7\n" in capsys.readouterr().out
+
+
 def test_another_input_starts_a_job_and_those_after_it_anew_and_no_other(tmp_path: Path) -> None:
     def jobs(inputs: int) -> list[Job]:
         begin = "LOG('went' if OUT.exists() else 'began'); OUT.write_text('')"
