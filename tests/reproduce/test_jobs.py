@@ -18,12 +18,17 @@ from tests.support.waiting import LIMIT, wait_until
 
 
 def job(root: Path, name: str, code: str, *needs: str, inputs: object = None) -> Job:
-    """Runs code, in which OUT is the job's output and LOG appends a word to a common file."""
+    """Runs code, in which OUT is the job's output, LOG appends a word to a common file and UNTIL waits."""
     out = root / "out" / name
     begin = (
         "import sys, time, pathlib\n"
         f"OUT = pathlib.Path({str(out)!r})\nOUT.parent.mkdir(parents=True, exist_ok=True)\n"
         f"def LOG(word):\n    with open({str(root / 'log')!r}, 'a') as f: f.write(word + '\\n')\n"
+        "def UNTIL(happened):\n"
+        f"    end = time.monotonic() + {LIMIT}\n"
+        "    while not happened():\n"
+        "        assert time.monotonic() < end, 'it did not happen'\n"
+        "        time.sleep(0.05)\n"
     )
     return Job(name, (("-c", begin + textwrap.dedent(code)),), (out,), needs, 1.0, inputs)
 
@@ -55,10 +60,7 @@ def test_as_many_run_at_once_as_there_are_slots_each_in_its_environment(tmp_path
     meet = """
     import os
     LOG(os.environ['PLACE'])
-    end = time.monotonic() + 600
-    while len(open({path!r}).read().split()) < 2:
-        assert time.monotonic() < end, 'the other one never came'
-        time.sleep(0.05)
+    UNTIL(lambda: len(open({path!r}).read().split()) == 2)
     OUT.write_text('')
     """.format(path=str(tmp_path / "log"))
     jobs = [job(tmp_path, name, meet) for name in ("a", "b")]
@@ -81,10 +83,7 @@ def test_the_last_line_of_a_job_at_work_is_told(
     monkeypatch.setattr(module, "_last_line", tell)
     code = f"""
     print('step 1 of 7', end='\\rstep 3 of 7\\n\\n', flush=True)
-    end = time.monotonic() + 600
-    while not pathlib.Path({str(tmp_path / "told")!r}).exists():
-        assert time.monotonic() < end, 'nobody said so'
-        time.sleep(0.05)
+    UNTIL(pathlib.Path({str(tmp_path / "told")!r}).exists)
     OUT.write_text('')
     """
     JobRunner(tmp_path, [job(tmp_path, "a", code)], 1).run()
