@@ -204,14 +204,13 @@ def choose_attention(backend: str) -> tuple[str, Attend]:
     return "sdpa", attend_sdpa
 
 
-def to_product_dtype(x: Tensor) -> Tensor:
-    """x as linear layers multiply it: in autocast's dtype where that is on. Each of several would make and keep its own
-    copy of the same norm's output."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In what linear layers multiply x: autocast's dtype where that is on."""
     kind = x.device.type
     # Autocast leaves float64 alone, and does not know the device of shapes without values.
     if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class Attention(nn.Module):
@@ -234,7 +233,7 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, update: CacheUpdate | None = None
     ) -> Tensor:
         """(B, T, D) to (B, T, D); with ``update``, keys and values join a cache and all of it is attended to."""
-        x_BTD = to_product_dtype(x_BTD)
+        x_BTD = x_BTD.to(product_dtype(x_BTD))  # once; each projection would make and keep a copy of its own
         q_BHTK, k_BGTK, v_BGTK = (
             projection(x_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megameta.model.attention import Attention, to_product_dtype
+from megameta.model.attention import Attention, product_dtype
 from megameta.model.cache import DecodingCache
 from megameta.model.config import ModelConfig
 from megameta.model.context import Context, DocumentRuns, MetaRows, make_context
@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x_BTD = to_product_dtype(x_BTD)
+        x_BTD = x_BTD.to(product_dtype(x_BTD))
         h_BTF = self.up_proj(x_BTD)
         if self.gate_proj is not None:
             h_BTF = F.silu(self.gate_proj(x_BTD)) * h_BTF

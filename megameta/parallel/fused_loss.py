@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megameta.model.attention import product_dtype
 from megameta.parallel.collectives import cross_entropy_and_gradient
 from megameta.parallel.groups import TensorParallel
 
@@ -39,7 +40,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None, rows: int
     ) -> Tensor:
         kind, exact = x_RD.device.type, torch.promote_types(x_RD.dtype, torch.float32)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
+        dtype = product_dtype(x_RD)
         entries = len(weight_ND)
         padding = -entries % row_multiple(kind)
         grad_x_RD = torch.empty_like(x_RD)
