@@ -7,7 +7,7 @@ for is an error here, and so is one with operands on two devices.
 The device stays for the rest of a process and must be there before torch is imported: this module is run as a program.
 
     python -m tests.support.dry_cuda              the roofline of docs/performance.md
-    … dry_cuda LIBRARY < cases.json > found.json  what tests/model/test_cuda_dry.py compares
+    … dry_cuda LIBRARY cases.json > found.json    what tests/model/test_cuda_dry.py compares
 
 What this cannot show: times (the roofline is an estimate from bytes and operations), the arithmetic of CUDA kernels,
 memory of their workspaces and of the allocator, what inductor fuses, NCCL, DeepSpeed's own code.
@@ -17,6 +17,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -36,7 +37,7 @@ def build(folder: Path) -> Path:
     assert spec is not None and spec.origin is not None
     torch_folder, library = Path(spec.origin).parent, folder / "fake_cuda.so"
     include = torch_folder / "include"
-    command = ["c++", "-O0", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(library)]
+    command = [os.environ.get("CXX", "g++"), "-O0", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(library)]
     command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{sysconfig.get_path('include')}"]
     command += [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True)
@@ -84,7 +85,7 @@ def make_recorder() -> Any:
     from torch.utils.flop_counter import flop_registry
 
     free = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
-    free |= {"detach", "alias", "lift_fresh", "_local_scalar_dense"}
+    free |= {"detach", "alias", "lift_fresh"}
 
     def tensors(value: Any) -> list[Any]:
         if isinstance(value, torch.Tensor):
@@ -139,7 +140,7 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from megameta.model import GPT, Block, DocumentRuns, ModelConfig, cross_entropy_sum, find_document_runs
+    from megameta.model import GPT, Block, ModelConfig, cross_entropy_sum, find_document_runs
 
     config = ModelConfig(**model)
     length = config.max_position_embeddings
@@ -177,7 +178,6 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
         given: dict[str, Any] = {"num_meta_columns": columns}
         if documents:
             given |= {"document_BT": there(document_BT), "document_runs": runs.with_each(there)}
-            assert isinstance(given["document_runs"], DocumentRuns)
         token_BT = there(token_BT)
         seen = make_recorder()
         with contextlib.nullcontext() if compiled else seen:
@@ -196,21 +196,21 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
     }
 
 
+def measure(model: dict[str, Any], batch: int, *, documents: bool) -> dict[str, Any]:
+    """Of a layer, kernels and bytes kept: what three layers have more than two. Of all of the model's, seconds."""
+    two, three = (run({**model, "num_layers": n}, batch, documents=documents) for n in (2, 3))
+    layer = {key: three[key] - two[key] for key in ("kernels", "kept", "seconds")}
+    seconds = two["seconds"] + (model["num_layers"] - 2) * layer["seconds"]
+    return {**layer, "seconds": seconds, "copies": three["copies"]}
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Of a layer: what three layers have more than two. ``error``: what a pass would have waited for, or mixed up."""
-    model, batch, documents = case["model"], case["batch"], case["documents"]
+    """As ``measure``, and the graphs of three layers. ``error``: what a pass would have waited for, or mixed up."""
     try:
-        two, three = (run({**model, "num_layers": n}, batch, documents=documents) for n in (2, 3))
-        traced = run({**model, "num_layers": 3}, batch, documents=documents, compiled=True)
+        traced = run({**case["model"], "num_layers": 3}, case["batch"], documents=case["documents"], compiled=True)
+        return {"error": None, **measure(**case), "graphs": traced["graphs"]}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {
-        "error": None,
-        "kernels": three["kernels"] - two["kernels"],
-        "kept": three["kept"] - two["kept"],
-        "copies": three["copies"],
-        "graphs": traced["graphs"],
-    }
 
 
 SIZES = {
@@ -219,31 +219,22 @@ SIZES = {
 }
 
 
-def roofline() -> dict[str, Any]:
-    """Milliseconds of a micro-step, and branch over none, by size."""
-
-    def seconds(model: dict[str, Any], batch: int) -> float:
-        two, three = (run({**model, "num_layers": n}, batch, documents=False)["seconds"] for n in (2, 3))
-        return two + (model["num_layers"] - 2) * (three - two)
-
-    found = {}
-    for name, (model, batch) in SIZES.items():
-        none, branch = seconds({**model, "meta_attention": False}, batch), seconds(model, batch)
-        found[name] = {"none, ms": none * 1e3, "branch, ms": branch * 1e3, "branch over none": branch / none}
-    return found
-
-
 def main() -> None:
     """See the module's docstring."""
     if len(sys.argv) > 1:
         load(Path(sys.argv[1]))
-        cases = json.load(sys.stdin)
-        json.dump({name: run_case(case) for name, case in cases.items()} | {"roofline": roofline()}, sys.stdout)
+        cases = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+        json.dump({name: run_case(case) for name, case in cases.items()}, sys.stdout)
         return
     with tempfile.TemporaryDirectory() as folder:
         load(build(Path(folder)))
-        for size, numbers in roofline().items():
-            print(f"{size}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        for size, (model, batch) in SIZES.items():
+            none, branch = (
+                measure({**model, "meta_attention": has}, batch, documents=False)["seconds"] for has in (False, True)
+            )
+            print(
+                f"{size}: without {none * 1e3:.1f} ms, with {branch * 1e3:.1f} ms, branch over none {branch / none:.3f}"
+            )
 
 
 if __name__ == "__main__":

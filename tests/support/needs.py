@@ -6,5 +6,5 @@ from megameta.train.compile import missing_compiler
 
 _MISSING = missing_compiler()
 
-#: For tests in which torch.compile's own backend (inductor) makes code for the CPU.
-needs_cxx = pytest.mark.skipif(_MISSING is not None, reason=f"torch.compile: {_MISSING}")
+#: For tests that make native code: with torch.compile's own backend (inductor), or a fake CUDA device.
+needs_cxx = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
