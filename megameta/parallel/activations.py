@@ -11,7 +11,8 @@ tensors):
   for the mask of documents of short sequences on a CPU, which sdpa converts in every layer. (Long ones on a CPU keep
   the output twice: by documents, and together. A GPU of compute capability 7 or less keeps masks that are not counted.)
 - The loss keeps float32 log-probabilities of all rows; its backward pass needs two more of that size for a moment.
-  Fused, it keeps the gradients of hidden states and output weight, and needs a chunk's logits for a moment.
+  Fused, it keeps the gradients of hidden states and output weight, and needs a chunk's logits for a moment; of torch's
+  code, on a CPU, the same is assumed.
 
 Letters: B batch, T rows, S rows of the residual stream here (T / n under sequence parallelism), M meta rows, D model
 width, F feed-forward width, V vocabulary entries here, n tensor-parallel ranks.
@@ -108,7 +109,8 @@ class Activations:
 
 def activations(config: RunConfig, layout: Layout) -> Activations:
     """Of a micro-batch under this layout; the configuration's own layout plays no part."""
-    model, fused, widths = config.model, config.train.fused_loss, Widths.of(config.train.precision, layout.zero_stage)
+    fused = config.train.fused_loss is True
+    model, widths = config.model, Widths.of(config.train.precision, layout.zero_stage)
     rows = layout.micro_batch_size * config.data.sequence_length
     own_rows = rows / layout.tensor if layout.sequence_parallel else rows
     meta_rows = layout.micro_batch_size * max(1, config.data.num_meta_tokens)
@@ -121,7 +123,7 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
     branch: float = widths.residual * meta_rows * width + meta_rows  # the rows taken; which of them are padding
     branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width)
     branch += _attention(model, widths, meta_rows, layout.tensor)
-    if config.data.document_mask and config.run.device != "cuda":
+    if config.data.document_mask and config.run.device == "cpu":
         length, columns = config.data.sequence_length, meta_rows / layout.micro_batch_size
         block += widths.linear * rows * (length if length < BY_DOCUMENT else width / layout.tensor)
         branch += widths.linear * meta_rows * (columns if columns < BY_DOCUMENT else width / layout.tensor)
@@ -143,7 +145,9 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
         head=(_fused_head if fused else _head)(model, widths, layout, rows, own_rows),
         stage_output=block_input,
         block_temporary=4 * block_input + inside,
-        head_temporary=(_fused_temporary if fused else _head_temporary)(model, widths, layout, rows),
+        head_temporary=_fused_temporary(config, widths, layout, rows)
+        if fused
+        else _head_temporary(model, widths, layout, rows),
         logits=widths.residual * rows * width if fused else widths.linear * rows * _columns(model, layout),
     )
 
@@ -224,13 +228,15 @@ def _fused_head(model: ModelConfig, widths: Widths, layout: Layout, rows: float,
     return kept + (widths.residual * rows + widths.weight * _columns(model, layout)) * model.hidden_size
 
 
-def _fused_temporary(model: ModelConfig, widths: Widths, layout: Layout, rows: float) -> float:
-    columns, width = _columns(model, layout), model.hidden_size
+def _fused_temporary(config: RunConfig, widths: Widths, layout: Layout, rows: float) -> float:
+    columns, width = _columns(config.model, layout), config.model.hidden_size
+    table = table_rows(config.model, layout.tensor)
+    device = "cpu" if config.run.device == "cpu" else "cuda"
     # In the forward pass: a chunk's logits in float32, beside their product or gradient where that is shorter; the
     # norm's output, and the short form of the weight.
-    chunk = chunk_rows(int(rows), width, table_rows(model, layout.tensor))
+    chunk = chunk_rows(int(rows), width, table, device)
     forward = (4 if widths.linear == 4 else 6) * chunk * columns + widths.residual * rows * width
     if widths.linear == 2:
         forward += 2 * columns * width
     # In the backward pass the weight's gradient is padded to the whole table.
-    return max(forward, widths.weight * table_rows(model, layout.tensor) * width)
+    return max(forward, widths.weight * table * width)

@@ -4,10 +4,14 @@ While a chunk's logits are at hand its gradients are made too, and the backward 
 computed twice. From the forward to the backward pass are kept the gradients of the hidden states (R · D) and of the
 output weight (N · D) in place of R · N log-probabilities.
 
+torch has the same since 2.13, and on a CPU its code is used where this rank holds all of the vocabulary. It knows no
+vocabulary that is spread over ranks, and under autocast to bf16 it returns the loss in bf16: ours does the rest.
+
 Letters: R rows, C rows of a chunk, D model width, N entries of the vocabulary here (all V, or this rank's), P those
 with padding.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megameta.model.attention import product_dtype
+from megameta.model.loss import IGNORE_INDEX
 from megameta.parallel.collectives import cross_entropy_and_gradient
 from megameta.parallel.groups import TensorParallel
 
-#: A chunk has at least as many rows: less would make thin matrix products, and the weight's gradient is read and
-#: written once a chunk.
-MIN_ROWS = 256
+#: Rows that a chunk has at least, by device: fewer would make thin matrix products, and the weight's gradient is read
+#: and written once a chunk.
+MIN_ROWS = {"cpu": 256, "cuda": 4096}
 
 
 def row_multiple(device_type: str) -> int:
@@ -29,15 +34,56 @@ def row_multiple(device_type: str) -> int:
     return 64 if device_type == "cuda" else 1
 
 
-def chunk_rows(rows: int, width: int, entries: int) -> int:
+def chunk_rows(rows: int, width: int, entries: int, device_type: str) -> int:
     """Rows of a chunk: as many as make its logits about as large as all hidden states."""
-    return min(rows, max(MIN_ROWS, rows * width // max(1, entries)))
+    return min(rows, max(MIN_ROWS[device_type], rows * width // max(1, entries)))
+
+
+def is_torchs(device_type: str, ranks: int) -> bool:
+    """Whether it is torch's code that takes the loss, of a vocabulary over so many ranks."""
+    return device_type == "cpu" and ranks == 1 and hasattr(F, "linear_cross_entropy")
+
+
+def _torchs_cross_entropy_sum(x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, rows: int) -> Tensor:
+    # In the weight's dtype under autocast, too: for bf16 torch would make float32 copies, multiply those, and round.
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear_cross_entropy(
+            x_RD.to(weight_ND.dtype), weight_ND, label_R, reduction="sum", ignore_index=IGNORE_INDEX, options=options
+        )
+
+
+def loss_and_gradient(logits_CP: Tensor, label_C: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """``cross_entropy_and_gradient`` of a chunk as torch.compile likes it: two passes over the logits, nothing between.
+
+    Args:
+        logits_CP: from column ``entries`` on they are padding.
+
+    Returns:
+        The sum of the rows' cross-entropies, at least float32; its gradient (C, P) in the logits' dtype.
+    """
+    exact = torch.promote_types(logits_CP.dtype, torch.float32)
+    column_P = torch.arange(logits_CP.shape[1], device=logits_CP.device)
+    exact_CP = logits_CP.to(exact).masked_fill(column_P >= entries, -torch.inf)
+    log_total_C = exact_CP.logsumexp(dim=1)
+    valid_C = label_C != IGNORE_INDEX
+    target_C = logits_CP.gather(1, label_C.masked_fill(~valid_C, 0)[:, None])[:, 0].to(exact)
+    loss = (log_total_C - target_C).masked_fill(~valid_C, 0).sum()
+    grad_CP = (exact_CP - log_total_C[:, None]).exp() - (column_P == label_C[:, None]).to(exact)
+    return loss, grad_CP.masked_fill(~valid_C[:, None], 0).to(logits_CP.dtype)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, weight_ND: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None, rows: int
+        ctx: Any,
+        x_RD: Tensor,
+        weight_ND: Tensor,
+        label_R: Tensor,
+        start: int,
+        tp: TensorParallel | None,
+        rows: int,
+        compiled: Callable[..., tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         kind, exact = x_RD.device.type, torch.promote_types(x_RD.dtype, torch.float32)
         dtype = product_dtype(x_RD)
@@ -51,22 +97,35 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for x_CD, label_C, grad_CD in zip(x_RD.split(rows), label_R.split(rows), grad_x_RD.split(rows)):
                 x_CD = x_CD.to(dtype)
                 # Logits, and in their place their gradient; in the columns of padding both are products with 0.
-                chunk_CP = (x_CD @ w_PD.t()).to(exact)
-                total += cross_entropy_and_gradient(chunk_CP[:, :entries], label_C, start, tp)[0]
-                chunk_CP = chunk_CP.to(dtype)
-                grad_CD.copy_(chunk_CP @ w_PD)
-                if dtype == exact:
-                    grad_weight_PD.addmm_(chunk_CP.t(), x_CD)
+                chunk_CP = x_CD @ w_PD.t()
+                if compiled is not None:
+                    # Of a view torch.compile would look at the size of the whole, too, and compile anew for another.
+                    loss, chunk_CP = compiled(chunk_CP, label_C.clone(), entries)
                 else:
-                    grad_weight_PD += chunk_CP.t() @ x_CD
+                    chunk_CP = chunk_CP.to(exact)
+                    loss = cross_entropy_and_gradient(chunk_CP[:, :entries], label_C, start, tp)[0]
+                    chunk_CP = chunk_CP.to(dtype)
+                total += loss
+                grad_CD.copy_(chunk_CP @ w_PD)
+                _add_product(grad_weight_PD, chunk_CP.t(), x_CD)
                 del chunk_CP  # or it would live beside the next chunk's
         ctx.save_for_backward(grad_x_RD, grad_weight_PD[:entries].to(weight_ND.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_RD, grad_weight_ND = ctx.saved_tensors
-        return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), None, None, None, None
+        return grad_x_RD.mul_(grad), grad_weight_ND.mul_(grad), *[None] * 5
+
+
+def _add_product(sum_PD: Tensor, a_PC: Tensor, b_CD: Tensor) -> None:
+    """Add a · b to a sum that may be in a longer dtype; a GPU then adds inside of the product."""
+    if a_PC.dtype == sum_PD.dtype:
+        sum_PD.addmm_(a_PC, b_CD)
+    elif sum_PD.is_cuda:
+        torch.addmm(sum_PD, a_PC, b_CD, out_dtype=sum_PD.dtype, out=sum_PD)
+    else:
+        sum_PD += a_PC @ b_CD
 
 
 def fused_cross_entropy_sum(
@@ -76,11 +135,13 @@ def fused_cross_entropy_sum(
     start: int = 0,
     tp: TensorParallel | None = None,
     entries: int | None = None,
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """``cross_entropy_sum`` of the logits x · weightᵀ without holding them: a scalar in nats, at least float32.
 
     The gradient is made in the forward pass, so it is for training alone; a second backward pass is an error. Under
-    autocast the products are made in its dtype, softmax and the sum over chunks in float32.
+    autocast the products are made in its dtype (on a CPU, where it is torch's code, in the weight's), softmax and the
+    sum over chunks in float32.
 
     Args:
         x_BTD: hidden states behind the final norm, in full on every rank.
@@ -90,6 +151,10 @@ def fused_cross_entropy_sum(
             in two all-reduces a chunk. The gradient of x is then this rank's part of it.
         entries: N for the size of chunks. Ranks that hold different numbers of entries must name one, the same on all:
             they meet in every chunk.
+        compiled: ``loss_and_gradient`` compiled; not used where the vocabulary is spread over ranks.
     """
-    rows = chunk_rows(label_BT.numel(), x_BTD.shape[-1], len(weight_ND) if entries is None else entries)
-    return _FusedCrossEntropy.apply(x_BTD.flatten(0, -2), weight_ND, label_BT.flatten(), start, tp, rows)
+    kind, x_RD, label_R = x_BTD.device.type, x_BTD.flatten(0, -2), label_BT.flatten()
+    rows = chunk_rows(len(label_R), x_RD.shape[1], len(weight_ND) if entries is None else entries, kind)
+    if is_torchs(kind, 1 if tp is None else tp.size):
+        return _torchs_cross_entropy_sum(x_RD, weight_ND, label_R, rows)
+    return _FusedCrossEntropy.apply(x_RD, weight_ND, label_R, start, tp, rows, compiled if tp is None else None)

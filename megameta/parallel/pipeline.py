@@ -145,11 +145,13 @@ def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[T
     return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
 
 
-def fused_loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
+def fused_loss_function(
+    config: ModelConfig, tp: TensorParallel | None, compiled: Callable[..., Any] | None = None
+) -> Callable[..., Tensor]:
     """(x, weight, label_BT) to the sum of cross-entropies, for the whole vocabulary or this rank's entries."""
     entries = vocabulary_multiple(config, tp.size if tp is not None else 1)
     start = tp.rank * entries if tp is not None else 0
-    return partial(fused_cross_entropy_sum, start=start, tp=tp, entries=entries)
+    return partial(fused_cross_entropy_sum, start=start, tp=tp, entries=entries, compiled=compiled)
 
 
 def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
@@ -195,11 +197,16 @@ def fused_score_function(config: ModelConfig, tp: TensorParallel | None) -> Call
 
 
 def loss_functions(
-    config: ModelConfig, tp: TensorParallel | None, *, fused: bool
+    config: ModelConfig, tp: TensorParallel | None, *, fused: bool, compiled: Callable[..., Any] | None = None
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(cross-entropy, score) of logits, or where the loss is fused of (x, weight)."""
-    makers = (fused_loss_function, fused_score_function) if fused else (loss_function, score_function)
-    return makers[0](config, tp), makers[1](config, tp)
+    """(cross-entropy, score) of logits, or where the loss is fused of (x, weight).
+
+    Args:
+        compiled: of ``fused_cross_entropy_sum``.
+    """
+    if fused:
+        return fused_loss_function(config, tp, compiled), fused_score_function(config, tp)
+    return loss_function(config, tp), score_function(config, tp)
 
 
 class StageLoss:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,22 @@ class LossModule(nn.Module):
 
     Args:
         fused: losses come from hidden states, and no logits of a whole batch exist (``fused_loss``).
+        compiled: of ``fused_cross_entropy_sum``.
     """
 
-    def __init__(self, gpt: GPT, tensor_parallel: TensorParallel | None = None, *, fused: bool = False) -> None:
+    def __init__(
+        self,
+        gpt: GPT,
+        tensor_parallel: TensorParallel | None = None,
+        *,
+        fused: bool = False,
+        compiled: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__()
         self.gpt = gpt
         self.tensor_parallel = tensor_parallel
         self.fused = fused
-        self.cross_entropy, self.score = loss_functions(gpt.config, tensor_parallel, fused=fused)
+        self.cross_entropy, self.score = loss_functions(gpt.config, tensor_parallel, fused=fused, compiled=compiled)
 
     def forward(self, batch: Batch, score: bool = False, num_groups: int = 0) -> Tensor:
         """Sum of the batch's cross-entropies in nats, a scalar; with ``score``: of ``score_function``, (3 + G,)."""

@@ -43,6 +43,8 @@ CASES |= {f"{name}, documents": {**CASES[name], "documents": True} for name in W
 CASES["1.3 B"] = {"model": LARGE, "batch": LARGE_BATCH, "documents": False}
 CASES["1.3 B, no branch"] = {**CASES["1.3 B"], "model": {**LARGE, "meta_attention": False}}
 
+LOSSES = {kind: {"loss": kind, "shape": (BATCH * 1024, 768, 50258)} for kind in dry_cuda.LOSSES}
+
 #: case: (kernels of a layer's forward and backward pass, MiB that it keeps between them, graphs of three layers).
 #: Who changes a number knows why, and that it is not an accident.
 TABLE: dict[str, tuple[int, float, int]] = {
@@ -67,7 +69,7 @@ TABLE: dict[str, tuple[int, float, int]] = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of all cases, from a process that has the device."""
     folder = tmp_path_factory.mktemp("fake_cuda")
-    (folder / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
+    (folder / "cases.json").write_text(json.dumps(CASES | LOSSES), encoding="utf-8")
     done = true_process(sys.executable, "-m", "tests.support.dry_cuda", dry_cuda.build(folder), folder / "cases.json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -88,3 +90,12 @@ def test_a_layer(case: str, found: dict[str, Any]) -> None:
 def test_the_branch_costs_little_by_the_roofline(branch: str, none: str, bound: float, found: dict[str, Any]) -> None:
     """An estimate, of eager kernels (the aim is 1.04: compiled code fuses most of the branch's small ones)."""
     assert 1 < found[branch]["seconds"] / found[none]["seconds"] < bound
+
+
+def test_losses(found: dict[str, Any]) -> None:
+    """No wait in any; by the roofline a compiled fused loss is the fastest, and one as written is slower than logits:
+    ``train.fused_loss=auto`` is on it where blocks are compiled, and there alone."""
+    for kind in LOSSES:
+        assert found[kind]["error"] is None and found[kind]["copies"] == []
+    logits, fused, compiled = (found[kind]["seconds"] for kind in ("logits", "fused", "compiled"))
+    assert compiled < 0.5 * logits and logits < fused < 1.2 * logits

@@ -7,6 +7,7 @@ import torch
 
 from megameta.config import RunConfig, build_config
 from megameta.model import GPT, cross_entropy_sum, make_context
+from megameta.parallel import fused_loss
 from megameta.parallel.activations import activations
 from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.parallel.layout import Layout
@@ -32,6 +33,7 @@ def make_config(
 ) -> RunConfig:
     return build_config(
         {
+            "run": {"device": "cpu"},
             "model": {**BASE, "max_position_embeddings": length, **model},
             "data": {"sequence_length": length, "meta_token_fraction": 0.1, "document_mask": documents},
             "train": {
@@ -141,9 +143,15 @@ def test_shapes(precision: str, micro: int, length: int, documents: bool) -> Non
     assert most == pytest.approx(peak, rel=0.01)
 
 
+@pytest.fixture
+def own_loss(monkeypatch):
+    """The fused loss with our code, as on a GPU."""
+    monkeypatch.setattr(fused_loss, "is_torchs", lambda device_type, ranks: False)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", ["paper", "bias, learned positions, untied", "large vocabulary"])
-def test_fused_loss(case: str, precision: str) -> None:
+def test_fused_loss(case: str, precision: str, own_loss: None) -> None:
     config = make_config(precision, fused=True, micro=6, **CASES[case])  # two chunks and a part of one
     saved, peak = measure(config, recompute=False)
     kept, most = estimates(config, recompute=False)
@@ -156,7 +164,7 @@ def test_fused_loss(case: str, precision: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused loss"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_branch_keeps_little(precision: str, fused: bool) -> None:
+def test_the_branch_keeps_little(precision: str, fused: bool, own_loss: None) -> None:
     """Measured at proportions like those of the 152 M shape, and derived at that shape with the paper's micro-batch.
     (With one sequence, in bf16, it would be 9 % there: autocast's copies of the branch's weights do not shrink with
     the batch.) The baseline has the same slots."""

@@ -1,5 +1,7 @@
 """The fused loss and its gradients against float64 logits in one process; what it holds; a vocabulary over ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 from megameta.model import ModelConfig, cross_entropy_sum
 from megameta.parallel import fused_loss
-from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum
+from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum, loss_and_gradient
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import fused_score_function, score_function
 from tests.support.live_tensors import LiveTensors
@@ -42,16 +44,34 @@ def errors(loss, x, weight):
     return [error(a, b) for a, b in zip((loss.detach(), x.grad, weight.grad), expected())]
 
 
+#: Whose code takes the loss: torch's (on a CPU, from 2.13 on), ours, and ours with a compiled pass (GPUs).
+KINDS = ["torch's", "ours", "compiled"] if hasattr(F, "linear_cross_entropy") else ["ours", "compiled"]
+
+
+@pytest.fixture(params=KINDS)
+def fused(request, monkeypatch):
+    """``fused_cross_entropy_sum`` of each kind; the compiled pass runs as torch.compile would trace it."""
+    if request.param != "torch's":
+        monkeypatch.setattr(fused_loss, "is_torchs", lambda device_type, ranks: False)
+    fused = partial(fused_cross_entropy_sum, compiled=loss_and_gradient if request.param == "compiled" else None)
+    fused.kind = request.param
+    return fused
+
+
+def set_rows(monkeypatch, rows):
+    monkeypatch.setitem(fused_loss.MIN_ROWS, "cpu", rows)
+
+
 @pytest.fixture(params=[1, 5, 64, 1000], ids=lambda rows: f"chunks of {rows}")
 def rows(request, monkeypatch):
-    monkeypatch.setattr(fused_loss, "MIN_ROWS", request.param)
+    set_rows(monkeypatch, request.param)
     return request.param
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
-def test_loss_and_gradients(rows, dtype, bound):
+def test_loss_and_gradients(fused, rows, dtype, bound):
     x, weight, label, scale = make_case(dtype)
-    loss = fused_cross_entropy_sum(x, weight, label)
+    loss = fused(x, weight, label)
     (loss * scale).backward()
     assert loss.dtype == x.grad.dtype == weight.grad.dtype == dtype
     assert max(errors(loss, x, weight)) < bound
@@ -59,43 +79,54 @@ def test_loss_and_gradients(rows, dtype, bound):
 
 
 @pytest.mark.parametrize("multiple", [1, 7, 64])
-def test_a_padded_product_changes_nothing(multiple, monkeypatch):
+def test_a_padded_product_changes_nothing(fused, multiple, monkeypatch):
     """As on a GPU; entries of padding have no gradient to give."""
     monkeypatch.setattr(fused_loss, "row_multiple", lambda device_type: multiple)
-    monkeypatch.setattr(fused_loss, "MIN_ROWS", 5)
+    set_rows(monkeypatch, 5)
     x, weight, label, scale = make_case()
-    loss = fused_cross_entropy_sum(x, weight, label)
+    loss = fused(x, weight, label)
     (loss * scale).backward()
     assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
     assert max(errors(loss, x, weight)) < 1e-14
 
 
-def test_bf16_is_as_near_as_logits_are(rows):
+def test_bf16_is_as_near_as_logits_are(fused, rows):
     found = {}
     for name in ("logits", "fused"):
         x, weight, label, scale = make_case(torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            if name == "logits":
-                loss = cross_entropy_sum(F.linear(x, weight), label)
-            else:
-                loss = fused_cross_entropy_sum(x, weight, label)
+            loss = cross_entropy_sum(F.linear(x, weight), label) if name == "logits" else fused(x, weight, label)
         (loss * scale).backward()
         assert loss.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
         found[name] = errors(loss, x, weight)
+    if fused.kind == "torch's":
+        assert max(found["fused"]) < 1e-6, "torch's products are in float32 on a CPU"
+        return
     assert min(found["fused"][1:]) > 1e-4, "this is not bf16"
     for own, other in zip(found["fused"], found["logits"], strict=True):
         assert own < max(1.5 * other, 1e-3)
 
 
-def test_a_second_backward_pass_is_an_error():
+def test_a_row_without_a_target_may_hold_anything(fused):
     x, weight, label, _ = make_case()
-    loss = fused_cross_entropy_sum(x, weight, label)
+    with torch.no_grad():
+        x[1] *= 1e4  # of which the exponentials are not finite; no row of this sequence has a target
+    loss = fused(x, weight, label)
+    loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all() and not x.grad[1].any()
+
+
+def test_a_second_backward_pass_is_an_error(fused):
+    x, weight, label, _ = make_case()
+    loss = fused(x, weight, label)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|backward called twice"):
         loss.backward()
 
 
-def test_logits_of_all_rows_are_never_held():
+def test_logits_of_all_rows_are_never_held(monkeypatch):
+    """Of our code; what torch's makes inside does not pass through Python."""
+    monkeypatch.setattr(fused_loss, "is_torchs", lambda device_type, ranks: False)
     entries, rows, width = 4096, 2048, 64
     x, weight = torch.randn(1, rows, width, requires_grad=True), torch.randn(entries, width, requires_grad=True)
     label, whole, peaks = torch.randint(0, entries, (1, rows)), 4 * rows * entries, {}
@@ -128,15 +159,16 @@ def test_scores_by_sequence():
 
 
 def test_rows_of_a_chunk():
-    assert chunk_rows(8192, 768, 50304) == 256
-    assert chunk_rows(65536, 4096, 50304) == 5336
-    assert chunk_rows(100, 768, 50304) == 100
-    assert chunk_rows(8192, 768, 0) == 8192
+    assert chunk_rows(8192, 768, 50304, "cpu") == 256
+    assert chunk_rows(8192, 768, 50304, "cuda") == 4096
+    assert chunk_rows(65536, 4096, 50304, "cpu") == chunk_rows(65536, 4096, 50304, "cuda") == 5336
+    assert chunk_rows(100, 768, 50304, "cpu") == 100
+    assert chunk_rows(8192, 768, 0, "cpu") == 8192
 
 
 def _on_ranks(topology, uneven):
     """Errors of this rank's part: the ranks hold the entries in equal parts, or the second one holds none."""
-    fused_loss.MIN_ROWS = 2  # so that the size of chunks follows from the number of entries, which differs
+    fused_loss.MIN_ROWS["cpu"] = 2  # so that the size of chunks follows from the number of entries, which differs
     tp = TensorParallel(dist.group.WORLD, topology.world_size, topology.rank)
     width = ENTRIES if uneven else -(-ENTRIES // topology.world_size)
     start, stop = (min(r * width, ENTRIES) for r in (topology.rank, topology.rank + 1))

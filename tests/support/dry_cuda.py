@@ -104,6 +104,8 @@ def make_recorder() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.kernels, self.seconds, self.copies = 0, 0.0, []
+            self.products = 0.0
+            """Of the seconds, those of matrix products and attention."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -123,13 +125,16 @@ def make_recorder() -> Any:
                 size = 3 * touched(args[3])
             packet, flops, rate = func._overloadpacket, 0.0, PRODUCTS
             if packet in flop_registry:
-                flops = flop_registry[packet](*args, **kwargs, out_val=out)
+                operands = args[:3] if name == "addmm" else args  # and not in what dtype the result is
+                flops = flop_registry[packet](*operands, **kwargs, out_val=out)
             if "attn" in name or "attention" in name:
                 flops, rate = flops / 2, ATTENTION  # the registry counts what a causal mask hides
-            elif read and read[0].dtype == torch.float32:
+            elif read and read[1 if name == "addmm" else 0].dtype == torch.float32:
                 rate = PRODUCTS_FLOAT32
             self.kernels += 1
-            self.seconds += max(size / BANDWIDTH, flops / rate, SHORTEST)
+            seconds = max(size / BANDWIDTH, flops / rate, SHORTEST)
+            self.seconds += seconds
+            self.products += seconds if flops else 0.0
             return out
 
     return Recorder()
@@ -190,6 +195,7 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
     return {
         "kernels": seen.kernels,
         "seconds": seen.seconds,
+        "products": seen.products,
         "kept": kept_bytes,
         "copies": seen.copies,
         "graphs": graphs,
@@ -199,20 +205,58 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
 def measure(model: dict[str, Any], batch: int, *, documents: bool) -> dict[str, Any]:
     """Of a layer, kernels and bytes kept: what three layers have more than two. Of all of the model's, seconds."""
     two, three = (run({**model, "num_layers": n}, batch, documents=documents) for n in (2, 3))
-    layer = {key: three[key] - two[key] for key in ("kernels", "kept", "seconds")}
+    layer = {key: three[key] - two[key] for key in ("kernels", "kept", "seconds", "products")}
     seconds = two["seconds"] + (model["num_layers"] - 2) * layer["seconds"]
-    return {**layer, "seconds": seconds, "copies": three["copies"]}
+    share = layer["products"] / layer["seconds"]
+    return {**layer, "seconds": seconds, "products": share, "copies": three["copies"]}
+
+
+def run_loss(kind: str, rows: int, width: int, entries: int) -> dict[str, Any]:
+    """Head and loss, forward and backward, as ``run``: of "logits", "fused", or "compiled", where each pass that
+    torch.compile makes of a chunk's logits is taken for one kernel."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megameta.model import cross_entropy_sum
+    from megameta.model.gpt import make_logits
+    from megameta.parallel.fused_loss import fused_cross_entropy_sum, loss_and_gradient
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        seen = make_recorder()
+
+        def compiled(logits_CP: Any, label_C: Any, entries: int) -> Any:
+            with torch.utils._python_dispatch._disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+                found = loss_and_gradient(logits_CP, label_C, entries)
+            seen.kernels += 2
+            seen.seconds += 3 * logits_CP.nbytes / BANDWIDTH
+            return found
+
+        x_BTD = torch.empty(1, rows, width, device="cuda", requires_grad=True)
+        weight_PD = torch.empty(entries + -entries % 128, width, device="cuda", requires_grad=True)
+        label_BT = torch.empty(1, rows, dtype=torch.int64, device="cuda")
+        with seen, torch.autocast("cuda", torch.bfloat16):
+            if kind == "logits":
+                loss = cross_entropy_sum(make_logits(x_BTD, weight_PD, entries, padded=True), label_BT)
+            else:
+                how = compiled if kind == "compiled" else None
+                loss = fused_cross_entropy_sum(x_BTD, weight_PD[:entries], label_BT, compiled=how)
+            torch.autograd.grad(loss, [x_BTD, weight_PD])
+    return {"kernels": seen.kernels, "seconds": seen.seconds, "copies": seen.copies}
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """As ``measure``, and the graphs of three layers. ``error``: what a pass would have waited for, or mixed up."""
+    """As ``measure``, and the graphs of three layers; or as ``run_loss``. ``error``: of what a pass would have waited
+    for, or mixed up."""
     try:
+        if "loss" in case:
+            return {"error": None, **run_loss(case["loss"], *case["shape"])}
         traced = run({**case["model"], "num_layers": 3}, case["batch"], documents=case["documents"], compiled=True)
         return {"error": None, **measure(**case), "graphs": traced["graphs"]}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+LOSSES = ("logits", "fused", "compiled")
 SIZES = {
     "152 M": ({"hidden_size": 768, "num_layers": 12, "num_heads": 12, "max_position_embeddings": 1024}, 16),
     "1.3 B": ({"hidden_size": 2048, "num_layers": 24, "num_heads": 16, "max_position_embeddings": 1024}, 8),
@@ -229,12 +273,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         load(build(Path(folder)))
         for size, (model, batch) in SIZES.items():
-            none, branch = (
-                measure({**model, "meta_attention": has}, batch, documents=False)["seconds"] for has in (False, True)
-            )
+            none, branch = (measure({**model, "meta_attention": has}, batch, documents=False) for has in (False, True))
             print(
-                f"{size}: without {none * 1e3:.1f} ms, with {branch * 1e3:.1f} ms, branch over none {branch / none:.3f}"
+                f"{size}: without {none['seconds'] * 1e3:.1f} ms, with {branch['seconds'] * 1e3:.1f} ms, branch over"
+                f" none {branch['seconds'] / none['seconds']:.3f}; {branch['products']:.0%} of a layer are products"
             )
+            rows = batch * model["max_position_embeddings"]
+            losses = {kind: run_loss(kind, rows, model["hidden_size"], 50258) for kind in LOSSES}
+            print(*(f"  {kind}: {1e3 * x['seconds']:.1f} ms" for kind, x in losses.items()))
 
 
 if __name__ == "__main__":
