@@ -132,7 +132,7 @@ def _finetune(config: RunConfig) -> list[str]:
             f"finetune.phases end at {tuning.phases[-1]} tokens, data.sequence_length is {config.data.sequence_length}:"
             " raise it"
         )
-    if config.train.compile != "none":
+    if config.train.compile == "blocks":
         found.append(
             "train.compile=blocks compiles for batches of one length, and those of tasks differ: set train.compile=none"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megameta.commands.plan import make_plan, parse_memory
-from megameta.config import RunConfig, apply_overrides, build_config, load_raw, settle
+from megameta.config import RunConfig, apply_overrides, assume, build_config, load_raw
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
 from megameta.parallel.cost import Evaluation, Hardware, evaluate, group_bandwidth
@@ -29,7 +29,7 @@ PURE = Hardware(memory_bandwidth=1e30, latency=0.0, launch=0.0)
 def read(path: str, overrides: list[str] | None = None) -> RunConfig:
     raw = load_raw(path, overrides)
     raw["model"].setdefault("max_position_embeddings", raw["data"]["sequence_length"])
-    return settle(build_config(raw), "cuda")
+    return assume(build_config(raw), "cuda")
 
 
 def planned(path: str, gpus: int, *overrides: str, memory: float = 80e9) -> tuple[RunConfig, Plan]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megameta.config import RunConfig, settle
+from megameta.config import RunConfig, assume
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.parallel.cost import Evaluation, Hardware
 from megameta.parallel.estimate import worst
@@ -40,7 +40,7 @@ def make_plan(
         hardware: values that replace the defaults of ``Hardware``, in its units; None leaves the default.
         json_path: also write the layouts there.
     """
-    config = settle(load_run_config(path, overrides, need_files=False), "cuda")
+    config = assume(load_run_config(path, overrides, need_files=False), "cuda")
     if gpus < 1 or limit < 1:
         raise UserError("--gpus and --limit: numbers of at least 1")
     memory = parse_memory(gpu_memory)

@@ -23,9 +23,14 @@ def key_table() -> str:
 
 
 def _shown(value: Any) -> str:
-    return "–" if value in (None, [], {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "–" if value in (None, [], {}) else f"`{_written(value)}`"
+
+
+def _written(value: Any) -> str:
+    """As in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _choices(field: dict[str, Any]) -> str:
     found = [choice for part in (field, *field.get("anyOf", ())) for choice in part.get("enum", ())]
-    return f" ({', '.join(f'`{choice}`' for choice in found)})" if found else ""
+    return f" ({', '.join(f'`{_written(choice)}`' for choice in found)})" if found else ""

@@ -3,7 +3,7 @@
 A YAML file says only what differs from the defaults in ``sections``; ``base: other.yaml`` starts from another file.
 """
 
-from megameta.config.automatic import settle
+from megameta.config.automatic import assume, settle
 from megameta.config.loading import (
     apply_overrides,
     build_config,
@@ -24,6 +24,7 @@ __all__ = [
     "Section",
     "Source",
     "apply_overrides",
+    "assume",
     "build_config",
     "config_schema",
     "dump_yaml",

@@ -2,7 +2,7 @@
 
 import json
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +19,9 @@ class Section(BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _number_is_not_yes(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        allowed = annotation is bool or any(value is choice for choice in get_args(annotation))
+        if isinstance(value, bool) and not allowed:
             raise ValueError("true or false (yes and no in YAML) where another kind of value belongs")
         return value
 
@@ -150,10 +152,13 @@ class TrainSection(Section):
     """Multiply float32 matrices on a GPU in TF32, on its tensor cores: 10 bits of mantissa in place of 23."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
-    compile: Literal["none", "blocks"] = "none"
-    """Compile the model's blocks with torch.compile, once at the start of training; evaluations are not compiled."""
-    fused_loss: bool = False
-    """Loss and its gradient a few rows at a time, so that the logits of a micro-batch are never held."""
+    compile: Literal["auto", "none", "blocks"] = "auto"
+    """Compile the model's blocks with torch.compile, once at the start of training; evaluations are not compiled. auto:
+    where a compiler works and the run is long enough to win back the time; never for tasks, whose lengths differ. A
+    resumed run keeps what it began with."""
+    fused_loss: Literal["auto", True, False] = "auto"
+    """Loss and its gradient a few rows at a time, so that the logits of a micro-batch are never held. auto: from 2 M
+    logits a micro-batch on, on a CPU, and on GPUs where blocks are compiled; a resumed run keeps what it began with."""
     check_replicas_every: int = Field(0, ge=0)
     """Steps between checks that replicas of every parameter are bitwise equal on all ranks; 0: never."""
     peak_tflops: float | None = Field(None, gt=0)

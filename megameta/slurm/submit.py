@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megameta.config import RunConfig, settle
+from megameta.config import RunConfig, assume
 from megameta.errors import EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.layout import Layout
@@ -36,7 +36,7 @@ def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1,
     """
     _check_options(options, chain)
     config = load_run_config(path, overrides, need_files=False)
-    _show(settle(config, device_of(config)), options, device_of(config))
+    _show(assume(config, device_of(config)), options, device_of(config))
     run_dir = Path(config.run.dir)
     if "%" in config.run.dir:
         raise UserError(f"run.dir {config.run.dir}: SLURM would replace what follows % in the names of logs; rename it")

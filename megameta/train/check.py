@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from megameta.config import RunConfig, settle
+from megameta.config import RunConfig, assume
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
@@ -23,7 +23,7 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
     Missing files are told but are no failure: a configuration is often checked far from its data.
     """
     world_size, device = (gpus, "cuda") if gpus else (1, "cpu")
-    config = settle(load_run_config(path, overrides, need_files=False), device)
+    config = assume(load_run_config(path, overrides, need_files=False), device)
     found = problems(config, world_size=world_size, device=device)
     try:
         deepspeed_config(config, 1, zero_stage(config, 1))

@@ -21,7 +21,7 @@ from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.layout import zero_stage
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
-from megameta.train.compile import as_written, compile_blocks
+from megameta.train.compile import as_written, compile_blocks, compile_loss
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
@@ -156,9 +156,19 @@ class Engine:
         self.state.restore_masters(exact)
         self.state.make_moments()
 
+    @property
+    def _fuses_loss(self) -> bool:
+        """Whether the loss is taken from hidden states."""
+        return self.config.train.fused_loss is True
+
+    def _compiled_loss(self) -> Callable[..., Any] | None:
+        # A CPU has torch's own code, or gains nothing.
+        compiles = self.config.train.compile == "blocks" and self.topology.device_type == "cuda"
+        return compile_loss() if self._fuses_loss and compiles else None
+
     def _wrap(self, model: Any) -> Any:
         """The module for DeepSpeed around the model."""
-        module = LossModule(model, self.groups.tensor, fused=self.config.train.fused_loss)
+        module = LossModule(model, self.groups.tensor, fused=self._fuses_loss, compiled=self._compiled_loss())
         return module if self.zero_stage == 3 else module.to(self.topology.device)
 
     def _mpu(self) -> Any:

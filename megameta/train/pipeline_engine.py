@@ -23,8 +23,10 @@ class PipelineEngine(Engine):
 
     def _wrap(self, model: Any) -> Any:
         self.stage: Stage = model
-        self.stage.fuses_loss = self.config.train.fused_loss
-        functions = loss_functions(self.config.model, self.groups.tensor, fused=self.stage.fuses_loss)
+        self.stage.fuses_loss = self._fuses_loss
+        functions = loss_functions(
+            self.config.model, self.groups.tensor, fused=self._fuses_loss, compiled=self._compiled_loss()
+        )
         self.loss = StageLoss(*functions)
         return make_pipeline(model.to(self.topology.device), self.config.model, self.topology, self.loss)
 

@@ -18,21 +18,39 @@ from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import Stage, stage_bounds
 from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
 from megameta.parallel.topology import Topology
+from megameta.train.compile import try_compiler, why_not_compile
+from megameta.train.display import LOG
 
 
 def settle_on(config: RunConfig, topology: Topology, saved: RunConfig | None = None) -> RunConfig:
-    """The configuration with a value in place of every "auto", the same on all ranks. Collective on GPUs
-    where there is one.
+    """The configuration with a value in place of every "auto", the same on all ranks. Collective where there is one.
 
     Args:
         saved: of the checkpoint from which the run resumes.
     """
+    if is_settled(config):
+        return config
     capability = BF16_CAPABILITY
-    if topology.device_type == "cuda" and not is_settled(config):
+    if topology.device_type == "cuda":
         lowest = torch.tensor(torch.cuda.get_device_capability(topology.device)[0], device=topology.device)
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         capability = int(lowest)
-    return settle(config, topology.device_type, capability=capability, saved=saved)
+    settled = settle(config, topology.device_type, capability=capability, saved=saved)
+    if config.train.compile != "auto":
+        return settled
+    began = saved.train.compile if saved is not None else "auto"
+    if began == "none":
+        return settled
+    # A run that resumes has compiled before, and goes on so wherever that works.
+    reason = why_not_compile(settled, topology) if began == "auto" else try_compiler(topology.device)
+    if topology.world_size > 1:
+        reasons: list[str | None] = [None] * topology.world_size
+        dist.all_gather_object(reasons, reason)
+        reason = next(filter(None, reasons), None)
+    if reason is None:
+        return settle(config, topology.device_type, capability=capability, compiles=True, saved=saved)
+    LOG.info("blocks are not compiled%s: %s", "" if began == "auto" else " any more", reason)
+    return settled.model_copy(update={"train": settled.train.model_copy(update={"compile": "none"})})
 
 
 def build_model(config: RunConfig, weights: Mapping[str, Tensor] | None = None) -> GPT:

@@ -4,7 +4,7 @@ import pytest
 
 from megameta.train.compile import missing_compiler
 
-_MISSING = missing_compiler()
+_MISSING = missing_compiler("cpu")
 
 #: For tests that make native code: with torch.compile's own backend (inductor), or a fake CUDA device.
 needs_cxx = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))

@@ -11,6 +11,7 @@ import torch
 
 from megameta.errors import UserError
 from megameta.model import GPT
+from megameta.parallel.fused_loss import loss_and_gradient
 from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
 from megameta.train.pipeline_engine import make_engine
@@ -63,6 +64,32 @@ def test_compiled_by_the_machine_s_compiler(corpus):
     assert compiled["evaluated"] == written["evaluated"] and not compiled["compiled to evaluate"]
     assert compiled["graphs"] == 1 and compiled["breaks"] == 0, "one graph serves all blocks"
     assert written["graphs"] == 0
+
+
+def _loss(topology):
+    """(loss, gradient) of chunks of two sizes, compiled and as written; the larger one again, compiled in between."""
+    torch._dynamo.utils.counters.clear()
+    compiled, draw = compiling.compile_loss(), torch.Generator().manual_seed(0)
+    found = []
+    for rows in (64, 40, 64):
+        logits, label = torch.randn(64, 128, generator=draw), torch.randint(0, 100, (64,), generator=draw)
+        label[::7] = -100
+        logits[:, 100:] = 0
+        draw.manual_seed(0)
+        for function in (compiled, loss_and_gradient):
+            found.append([x.tolist() for x in function(logits[:rows].clone(), label[:rows].clone(), 100)])
+    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@needs_cxx
+@pytest.mark.slow
+def test_the_loss_is_compiled_once_for_all_sizes():
+    found, graphs = run_ranks(_loss, 1)[0]
+    for (loss, gradient), (wanted, wanted_gradient) in zip(found[::2], found[1::2], strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-6)
+        torch.testing.assert_close(torch.tensor(gradient), torch.tensor(wanted_gradient), rtol=1e-5, atol=1e-7)
+    assert found[0] == found[4], "the code does not depend on which size came first"
+    assert graphs == 1
 
 
 def test_without_a_compiler_there_is_one_message(monkeypatch, corpus):
