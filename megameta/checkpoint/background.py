@@ -15,6 +15,7 @@ left is removed when the next checkpoint is published.
 """
 
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -125,6 +126,7 @@ class BackgroundSaver:
         work = working_directory(path, attempt)
         with removed_on_failure(work, self._topology):
             share = begin(work, path, source, self._topology)
+            self._take_memory(source)
             copy = partial(self._copy, source)
             if not source.is_local:
                 copies = copy()
@@ -181,13 +183,35 @@ class BackgroundSaver:
         if self._topology.rank == 0:
             shutil.rmtree(save.work, ignore_errors=True)
 
+    def _take_memory(self, source: StateSource) -> None:
+        """One piece for all tensors of this rank. Here, not in the thread, which is on the first GPU unless it is told
+        otherwise."""
+        own = [entry for entry in source.entries if entry.owner == self._topology.rank]
+        if self._memory.keys() == {(entry.kind, entry.name) for entry in own}:
+            return
+        sizes = [math.prod(entry.shape) for entry in own]
+        whole = torch.empty(sum(sizes), dtype=torch.float32)
+        if self._pin_memory and len(whole):
+            page_lock(whole)
+        pieces = zip(own, whole.split(sizes), strict=True)
+        self._memory = {(entry.kind, entry.name): piece.view(entry.shape) for entry, piece in pieces}
+
     def _memory_of(self, entry: StateEntry) -> Tensor | None:
-        if entry.owner != self._topology.rank:
-            return None
-        key = (entry.kind, entry.name)
-        if key not in self._memory:
-            self._memory[key] = torch.empty(entry.shape, dtype=torch.float32, pin_memory=self._pin_memory)
-        return self._memory[key]
+        return self._memory[entry.kind, entry.name] if entry.owner == self._topology.rank else None
+
+
+def page_lock(memory: Tensor) -> None:
+    """Lock the pages of a tensor on the host, so that a GPU copies into them while the host goes on. torch's own
+    page-locked memory comes in powers of two: 21 bytes a parameter at 152 M in place of 12."""
+    runtime = torch.cuda.cudart()
+    try:
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    except RuntimeError as error:
+        LOG.warning(
+            "cannot lock %.1f GB of host memory for asynchronous saves (%s); they take longer. See ulimit -l",
+            memory.nbytes / 1e9,
+            error,
+        )
 
 
 def _remove(directories: Sequence[Path]) -> None:

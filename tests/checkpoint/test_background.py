@@ -61,6 +61,41 @@ def test_the_files_are_those_of_a_save_without_a_thread(tmp_path):
         saver.complete()
 
 
+class Runtime:
+    """CUDA's, as far as memory of the host is locked with it."""
+
+    def __init__(self, result):
+        self.result, self.locked = result, []
+
+    def cudaHostRegister(self, pointer, size, flags):
+        self.locked.append((pointer, size, flags))
+        return self.result
+
+
+@pytest.mark.parametrize("result", [0, 2])
+def test_pages_are_locked_to_the_byte(tmp_path, monkeypatch, caplog, result):
+    """Once for all saves; where the system refuses it, the save is made without."""
+
+    def check_error(error):
+        if error:
+            raise RuntimeError("out of memory")
+
+    runtime = Runtime(result)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    saver, weights = BackgroundSaver(Alone(), pin_memory=True), tensors()
+    for step in (7, 8):
+        saver.begin(tmp_path / step_name(step), CONFIG, Source(weights, {"exp_avg.a": weights["blocks.3"]}), STATE)
+        saver.complete()
+    size = sum(tensor.nbytes for tensor in (*weights.values(), weights["blocks.3"]))
+    [(pointer, locked, _)] = runtime.locked
+    assert locked == size
+    ends = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in saver._memory.values()]
+    assert min(ends)[0] == pointer and max(ends)[1] == pointer + size
+    assert ("cannot lock 0.0 GB of host memory" in caplog.text) == bool(result)
+    assert torch.equal(open_checkpoint(tmp_path / step_name(8)).weights()["blocks.3"], weights["blocks.3"])
+
+
 def test_who_copies_and_when(tmp_path):
     """A thread, unless ranks must come together for it; then the caller, before ``begin`` returns."""
     weights, may_copy, copied_by = tensors(), threading.Event(), set()
