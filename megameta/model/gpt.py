@@ -163,7 +163,8 @@ def run_blocks(
 ) -> Tensor:
     """(B, T, D) through blocks in order. ``recompute`` keeps only their inputs for the backward pass."""
     for block in blocks:
-        run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+        # Nothing in a block draws, so no generator's state is read, which the host of a GPU would wait for.
+        run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if recompute else block
         x_BTD = run(x_BTD, context, cache)
     return x_BTD
 
