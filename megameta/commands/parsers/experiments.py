@@ -63,7 +63,7 @@ def _add_reproduce(commands: Commands) -> None:
         "--scale",
         default="cpu",
         metavar="SCALE",
-        help="cpu (default), cpu-control, cpu-full, gpu-30min, paper, or a YAML file",
+        help="cpu (default), cpu-control, cpu-full, gpu-8min, gpu-30min, paper, or a YAML file",
     )
     reproduce.add_argument("--output", default=None, metavar="DIR", help="for all targets (default: reproduce/SCALE)")
     reproduce.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (one a GPU or core)")
