@@ -16,7 +16,7 @@ setup(
     package_data={"megameta": ["py.typed", "reproduce/scales/*.yaml"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.8",
         "transformers>=5.0",
         "tokenizers>=0.22",
         "datasets>=4.0",

@@ -4,6 +4,7 @@ from typing import Any
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.train.clipping import clips_itself
 
 #: Sections of DeepSpeed's that would compete with the run's own, and the keys that stand for them here.
 ELSEWHERE = {
@@ -13,6 +14,7 @@ ELSEWHERE = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
+    "gradient_clipping": "optimizer.clip_grad_norm",
 }
 
 
@@ -35,6 +37,10 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int, zero_stage: int
         "zero_optimization": {"stage": zero_stage},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
     }
+    if clips_itself(config, zero_stage):
+        derived["gradient_clipping"] = 0.0
+        if zero_stage > 0:
+            derived["zero_optimization"]["compute_grad_norm"] = False
     if config.parallel.pipeline_parallel_size > 1:
         # Stages send whole tensors: under sequence parallelism they are shards already, each rank's another.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

@@ -19,8 +19,8 @@ from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.layout import zero_stage
-from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
+from megameta.train.clipping import Clipping, clips_itself
 from megameta.train.compile import as_written, compile_blocks, compile_loss
 from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.forward_timer import ForwardTimer
@@ -49,7 +49,15 @@ class NonFiniteLoss(UserError):
 
 
 class NonFiniteGradient(UserError):
-    """The loss is finite and its gradient is not; the weights may be lost, and no checkpoint may be made of them."""
+    """The loss is finite and its gradient is not.
+
+    Args:
+        updated: the update has been made: weights may be lost, and no checkpoint may be made of them.
+    """
+
+    def __init__(self, message: str, *, updated: bool) -> None:
+        super().__init__(message)
+        self.updated = updated
 
 
 def _nothing() -> None:
@@ -147,6 +155,11 @@ class Engine:
             self.engine.enable_backward_allreduce = False
         self.model = model
         self.state = EngineState(self.engine, self.optimizer, model, config.model, topology, self.groups.tensor)
+        own = clips_itself(config, self.zero_stage)
+        self._clipping: Clipping | None = None
+        if own or self.zero_stage == 0:
+            limit = config.optimizer.clip_grad_norm if own else 0.0
+            self._clipping = Clipping(self.engine, self.state.parameters, topology, self.groups, limit)
         self._scales_loss = config.train.precision == "fp16"
         self._timer = ForwardTimer(topology.device)
         self.before_update: Callable[[], None] = _nothing
@@ -185,7 +198,7 @@ class Engine:
 
         Raises:
             NonFiniteLoss: on every rank, before the update.
-            NonFiniteGradient: on every rank, after it.
+            NonFiniteGradient: on every rank; after the update where DeepSpeed takes the norm in it.
         """
         num_targets = self._sum_over_replicas([sum(batch.num_targets for batch in batches)])[0]
         if num_targets == 0:
@@ -196,15 +209,18 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         total = self._accumulate(batches, scale)
-        loss = self._finite_mean(total, num_targets, batches)
-        norm = self._stage0_norm()
+        on_device = self._norm()
+        loss, norm = self._read(total, on_device, num_targets, batches)
+        if norm is not None:
+            self._check_norm(loss, norm, updated=False)
         updates = self.state.optimizer_step if self._scales_loss else 0
         self.before_update()
+        if self._clipping is not None and on_device is not None:
+            self._clipping.clip(on_device)
         self._update()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm) and not self._scales_loss:
-            raise NonFiniteGradient(f"the loss is {loss:.4f}, but the norm of its gradient is {norm}")
+            self._check_norm(loss, norm, updated=True)
         applied = not self._scales_loss or self.state.optimizer_step > updates
         return StepResult(loss, norm, num_targets, applied)
 
@@ -224,32 +240,41 @@ class Engine:
     def _update(self) -> None:
         self.engine.step()
 
-    def _finite_mean(self, total: Tensor, num_targets: int, batches: Sequence[Batch]) -> float:
-        # The forward times travel with the losses: no collective and no wait of their own.
-        both = self._gather(torch.stack([total, total.new_tensor(self._timer.seconds)]))
+    def _norm(self) -> Tensor | None:
+        """The unclipped norm of the gradient, on the device; None where DeepSpeed takes it in its update."""
+        if self._clipping is None:
+            return None
+        norm = self._clipping.norm()
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        return norm if scaler is None else norm / scaler.get_scale()
+
+    def _read(
+        self, total: Tensor, norm: Tensor | None, num_targets: int, batches: Sequence[Batch]
+    ) -> tuple[float, float | None]:
+        """(mean loss over the step's targets, norm of the gradient or None): the one wait of a step for the device.
+        Forward times travel along.
+
+        Raises:
+            NonFiniteLoss: on every rank.
+        """
+        parts = [total, total.new_full((), self._timer.seconds)]  # a number of the host, but no copy of it
+        numbers = self._gather(torch.stack(parts if norm is None else [*parts, norm]))
         self._timer.read()
-        per_rank, self.forward_seconds = both[::2], both[1::2]
+        ranks = self.topology.world_size
+        columns = [numbers[i :: len(numbers) // ranks] for i in range(len(numbers) // ranks)]
+        per_rank, self.forward_seconds = columns[0], columns[1]
         bad = [rank for rank, value in enumerate(per_rank) if not math.isfinite(value)]
         if bad:
-            samples: list[Any] = [None] * self.topology.world_size
+            samples: list[Any] = [None] * ranks
             dist.all_gather_object(samples, _describe(batches))
             where = "; ".join(f"rank {rank}: samples {samples[rank]}" for rank in bad)
             raise NonFiniteLoss(f"the loss is not finite ({where})")
-        return sum(per_rank[rank] for rank in self.topology.loss_ranks()) / num_targets
+        loss = sum(per_rank[rank] for rank in self.topology.loss_ranks()) / num_targets
+        return loss, columns[2][0] if norm is not None else None
 
-    def _stage0_norm(self) -> float | None:
-        """The unclipped norm where the engine reports none (ZeRO 0); gradients are whole and reduced there."""
-        if self.engine.zero_optimization_stage() > 0:
-            return None
-        grads = {name: p.grad for name, p in self.state.parameters.items() if p.grad is not None}
-        shards = [grad for name, grad in grads.items() if shard_dim(name) is not None]
-        others = [grad for name, grad in grads.items() if shard_dim(name) is None]
-        squares = torch.nn.utils.get_total_norm(shards) ** 2
-        if self.groups.tensor is not None:
-            dist.all_reduce(squares, group=self.groups.tensor.group)
-        norm = math.sqrt(float(squares + torch.nn.utils.get_total_norm(others) ** 2))
-        scaler = self.engine.torch_autocast_z0_gradscaler
-        return norm / scaler.get_scale() if scaler is not None else norm
+    def _check_norm(self, loss: float, norm: float, *, updated: bool) -> None:
+        if not math.isfinite(norm) and not self._scales_loss:
+            raise NonFiniteGradient(f"the loss is {loss:.4f}, but the norm of its gradient is {norm}", updated=updated)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

@@ -210,7 +210,8 @@ class Trainer:
         except UserError as error:
             if isinstance(error, NonFiniteLoss | NonFiniteGradient):  # on every rank, so that all can save together
                 self._complete_save()
-            untouched = "" if isinstance(error, NonFiniteGradient) else "Nothing was updated; "
+            updated = isinstance(error, NonFiniteGradient) and error.updated
+            untouched = "" if updated else "Nothing was updated; "
             raise UserError(
                 f"step {step}, batch {batch_number}: {error}. {untouched}the last checkpoint is that of step"
                 f" {self._saved_step()}. Look at the samples, or pass over them with data.skip=[[{batch_number},"

@@ -13,8 +13,8 @@ def test_derived():
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
-        "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 2, "compute_grad_norm": False},
         "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
@@ -25,17 +25,36 @@ def test_derived():
     assert deepspeed_config(half, 1, 0)["torch_autocast"]["dtype"] == "float16"
 
 
+def test_who_clips():
+    """DeepSpeed where its gradients are scaled, elsewhere, spread over stages, or of another type."""
+    whole, offloaded = {"stage": 1}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    for stage, changes in (
+        (3, {}),
+        (1, {"parallel__pipeline_parallel_size": 2}),
+        (0, {"train__precision": "fp16"}),
+        (1, {"train__precision": "fp16"}),
+        (1, {"deepspeed__zero_optimization": offloaded}),
+        (1, {"deepspeed__data_types": {"grad_accum_dtype": "bf16"}}),
+    ):
+        derived = deepspeed_config(tiny_config("x", **changes), 4, stage)
+        assert derived["gradient_clipping"] == 0.5 and "compute_grad_norm" not in derived["zero_optimization"]
+    for stage, changes in ((0, {}), (1, {"deepspeed__zero_optimization": whole}), (2, {"train__precision": "bf16"})):
+        derived = deepspeed_config(tiny_config("x", **changes), 4, stage)
+        assert derived["gradient_clipping"] == 0.0
+        assert derived["zero_optimization"].get("compute_grad_norm", True) == (stage == 0)
+
+
 def test_pass_through_adds_and_may_repeat():
     config = tiny_config("x", deepspeed__zero_optimization={"stage": 1, "overlap_comm": False}, deepspeed__dump_state=1)
     merged = deepspeed_config(config, 4, 1)
-    assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert merged["zero_optimization"] == {"stage": 1, "compute_grad_norm": False, "overlap_comm": False}
     assert merged["dump_state"] == 1
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("gradient_clipping", 2.0, r"deepspeed\.gradient_clipping: 2.0 contradicts 0.5"),
+        ("gradient_clipping", 0.5, r"deepspeed\.gradient_clipping: set optimizer\.clip_grad_norm instead"),
         ("zero_optimization", {"stage": 3}, r"deepspeed\.zero_optimization\.stage: 3 contradicts 1"),
         ("train_batch_size", 1, r"deepspeed\.train_batch_size"),
         ("zero_optimization", 3, r"deepspeed\.zero_optimization: 3 contradicts"),
