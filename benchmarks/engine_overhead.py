@@ -28,9 +28,9 @@ from megameta.train.setup import build_model
 
 #: Switches of train.* by row.
 SWITCHES = {
-    "plain": {},
-    "compile": {"compile": "blocks"},
-    "fused": {"fused_loss": True},
+    "plain": {"compile": "none", "fused_loss": False},
+    "compile": {"compile": "blocks", "fused_loss": False},
+    "fused": {"compile": "none", "fused_loss": True},
     "both": {"compile": "blocks", "fused_loss": True},
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

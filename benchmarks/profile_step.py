@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.device = "cpu"
     initialize_process_group(make_topology("cpu"))
-    config = make_config(arguments, {"fused_loss": arguments.fused_loss}, 1)
+    config = make_config(arguments, {"fused_loss": arguments.fused_loss, "compile": "none"}, 1)
     engine, batch, watch = Engine(config, make_topology("cpu")), random_batch(config), StopWatch()
     hook_modules(engine.model, watch)
     hook_engine(engine, watch)
