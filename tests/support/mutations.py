@@ -143,6 +143,21 @@ def unmarked_shards() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def whole_counted_twice() -> Iterator[None]:
+    """Our norm counts what every rank of a tensor-parallel group holds once for each of them."""
+    from megameta.train.clipping import Clipping
+
+    right = Clipping.__init__
+
+    def make(self: Any, *args: Any) -> None:
+        right(self, *args)
+        self._counts_all = True
+
+    with mock.patch.object(Clipping, "__init__", make):
+        yield
+
+
+@contextlib.contextmanager
 def other_draws() -> Iterator[None]:
     """Each tensor-parallel rank draws its weights from a seed of its own."""
     from megameta.train import setup
@@ -196,10 +211,11 @@ MUTATIONS: dict[str, tuple[Any, tuple[int, int, int, int]]] = {
     "gather_sequence averages in backward": (averaged_gather, (2, 1, 1, 1)),
     "reduce_shards sums again in backward": (doubled_reduce, (2, 1, 1, 1)),
     "meta rows' gradients not summed": (unreduced_meta, (2, 1, 1, 1)),
-    "shards not marked for the norm": (unmarked_shards, (2, 1, 1, 1)),
+    "whole gradients counted twice in the norm": (whole_counted_twice, (2, 1, 1, 1)),
     "weights drawn by rank": (other_draws, (2, 1, 1, 1)),
     "loss divided by data-parallel size": (scaled_loss, (1, 1, 2, 1)),
     "tied gradients not summed": (untied, (1, 2, 1, 1)),
     "tied copies not brought together": (drifting, (1, 2, 1, 1)),
     "tied table counted twice in the norm": (counted_twice, (1, 2, 1, 1)),
+    "shards not marked for DeepSpeed's norm": (unmarked_shards, (2, 1, 1, 3)),  # last: ZeRO 3 patches torch for good
 }
