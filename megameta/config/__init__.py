@@ -3,7 +3,7 @@
 A YAML file says only what differs from the defaults in ``sections``; ``base: other.yaml`` starts from another file.
 """
 
-from megameta.config.automatic import assume, settle
+from megameta.config.automatic import assume, device_of, settle
 from megameta.config.loading import (
     apply_overrides,
     build_config,
@@ -27,6 +27,7 @@ __all__ = [
     "assume",
     "build_config",
     "config_schema",
+    "device_of",
     "dump_yaml",
     "key_places",
     "known_keys",

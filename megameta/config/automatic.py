@@ -58,6 +58,11 @@ def settle(
     return config.model_copy(update={"train": config.train.model_copy(update=values)})
 
 
+def device_of(config: RunConfig) -> str:
+    """What the nodes of a cluster compute on, as far as the configuration says: "cuda" where it leaves that open."""
+    return "cpu" if config.run.device == "cpu" else "cuda"
+
+
 def assume(config: RunConfig, device: str) -> RunConfig:
     """As the run would be on a device that is not this process's: for estimates, never stored."""
     config = settle(config, device)

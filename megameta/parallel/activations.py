@@ -20,7 +20,7 @@ width, F feed-forward width, V vocabulary entries here, n tensor-parallel ranks.
 
 from dataclasses import dataclass
 
-from megameta.config import RunConfig
+from megameta.config import RunConfig, device_of
 from megameta.model import ModelConfig
 from megameta.model.attention import BY_DOCUMENT
 from megameta.parallel.fused_loss import chunk_rows
@@ -123,7 +123,7 @@ def activations(config: RunConfig, layout: Layout) -> Activations:
     branch: float = widths.residual * meta_rows * width + meta_rows  # the rows taken; which of them are padding
     branch += _norm(model, widths, meta_rows) + _linear_input(widths, meta_rows, width)
     branch += _attention(model, widths, meta_rows, layout.tensor)
-    if config.data.document_mask and config.run.device == "cpu":
+    if config.data.document_mask and device_of(config) == "cpu":
         length, columns = config.data.sequence_length, meta_rows / layout.micro_batch_size
         block += widths.linear * rows * (length if length < BY_DOCUMENT else width / layout.tensor)
         branch += widths.linear * meta_rows * (columns if columns < BY_DOCUMENT else width / layout.tensor)
@@ -231,10 +231,9 @@ def _fused_head(model: ModelConfig, widths: Widths, layout: Layout, rows: float,
 def _fused_temporary(config: RunConfig, widths: Widths, layout: Layout, rows: float) -> float:
     columns, width = _columns(config.model, layout), config.model.hidden_size
     table = table_rows(config.model, layout.tensor)
-    device = "cpu" if config.run.device == "cpu" else "cuda"
     # In the forward pass: a chunk's logits in float32, beside their product or gradient where that is shorter; the
     # norm's output, and the short form of the weight.
-    chunk = chunk_rows(int(rows), width, table, device)
+    chunk = chunk_rows(int(rows), width, table, device_of(config))
     forward = (4 if widths.linear == 4 else 6) * chunk * columns + widths.residual * rows * width
     if widths.linear == 2:
         forward += 2 * columns * width

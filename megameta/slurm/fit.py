@@ -27,11 +27,6 @@ class Fit:
         return [] if same else [f"train.micro_batch_size={self.micro_batch_size}"]
 
 
-def device_of(config: RunConfig) -> str:
-    """What the nodes of a cluster compute on, as far as the configuration says: "cuda" where it leaves that open."""
-    return "cpu" if config.run.device == "cpu" else "cuda"
-
-
 def fit(config: RunConfig, nodes: int, per_node: int, device: str = "cuda") -> Fit:
     """The most nodes, up to those given, on which the run is valid, with the largest micro-batch up to its own.
 

@@ -10,11 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megameta.config import RunConfig, assume
+from megameta.config import RunConfig, assume, device_of
 from megameta.errors import EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.layout import Layout
-from megameta.slurm.fit import device_of, fit_exactly
+from megameta.slurm.fit import fit_exactly
 from megameta.slurm.script import Options, render
 from megameta.train.check import describe, describe_layout, missing_files
 from megameta.train.run_config import load_run_config

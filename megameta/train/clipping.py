@@ -84,7 +84,7 @@ class Clipping:
         found: list[tuple[str, Tensor]] = []
         for group, gradients in optimizer.averaged_gradients.items():
             # The last partition ends with padding, which belongs to no parameter.
-            own = [gradient for gradient in gradients or () if not getattr(gradient, "_zero_padding", False)]
+            own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             names = [self._name_of[id(parameter)] for parameter in optimizer.params_in_partition[group]]
             found += zip(names, own, strict=True)
         return found

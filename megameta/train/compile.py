@@ -101,9 +101,9 @@ def compile_blocks(model: nn.Module, device_type: str, *, partitioned: bool = Fa
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(model, [Block])
+    LOG.info("blocks are compiled: the first step takes about %.0f s longer", COMPILE_SECONDS[device_type])
     # Shapes are the same in every batch of a run; code for any shape would be slower, and could differ in its last
     # bits between a run and its resumption.
-    LOG.info("blocks are compiled: the first step takes about %.0f s longer", COMPILE_SECONDS[device_type])
     forward = torch.compile(Block.forward, dynamic=False, backend=BACKEND)
     for module in model.modules():
         if isinstance(module, Block):

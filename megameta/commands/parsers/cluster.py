@@ -129,7 +129,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from megameta.slurm.fit import device_of, fit, granted
+    from megameta.config import device_of
+    from megameta.slurm.fit import fit, granted
     from megameta.train.run_config import load_run_config
 
     config = load_run_config(arguments.config, arguments.overrides)
