@@ -150,7 +150,9 @@ class Head(nn.Module):
         x_BTD = self.norm(x_BTD)
         if project is not None:
             return project(x_BTD, weight_PD[: self.vocab_size])
-        return make_logits(x_BTD, weight_PD, self.vocab_size, padded=x_BTD.is_cuda)
+        # A shard of padding alone has no logits, and ZeRO 3's stand-in for F.linear has no gradient for no rows.
+        padded = x_BTD.is_cuda or self.vocab_size == 0
+        return make_logits(x_BTD, weight_PD, self.vocab_size, padded=padded)
 
 
 def run_blocks(

@@ -83,8 +83,8 @@ class Clipping:
         optimizer = self._engine.optimizer
         found: list[tuple[str, Tensor]] = []
         for group, gradients in optimizer.averaged_gradients.items():
-            # The last partition ends with padding, which belongs to no parameter.
-            own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
             names = [self._name_of[id(parameter)] for parameter in optimizer.params_in_partition[group]]
-            found += zip(names, own, strict=True)
+            # Padding belongs to no parameter: it is marked, or one last tensor (where ranks do not divide a group).
+            own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+            found += zip(names, own[: len(names)], strict=True)
         return found

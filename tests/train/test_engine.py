@@ -1,4 +1,4 @@
-"""The engine under every ZeRO stage, on one and two ranks, against a plain float64 loop (tests/support/training.py)."""
+"""The engine under every ZeRO stage, on up to three ranks, against a plain float64 loop (tests/support/training.py)."""
 
 import math
 
@@ -154,6 +154,39 @@ def _everything(topology, corpus):
         report["poisoned", stage] = _poisoned(topology, corpus, stage)
         report["bad gradient", stage] = _bad_gradient(topology, corpus, stage)
     return report
+
+
+def _three_ranks(topology, corpus):
+    """Two steps at each stage, each from the state that the one before left."""
+    report, state = {"losses": [], "norms": [], "same": []}, None
+    for number, stage in enumerate(STAGES):
+        config = tiny_config(corpus, parallel__zero_stage=stage, train__global_batch_size=12)
+        engine, loader = _make(topology, config, state and state[0])
+        if state is not None:
+            engine.state.load_moments(state[1], 2 * number)
+            again = full_state(engine)
+            report["same"].append(all(torch.equal(a[k], b[k]) for a, b in zip(state, again) for k in a))
+        results = take_steps(engine, loader, config, 2 * number + 1, 2 * number + 2)
+        report["losses"] += [r.loss for r in results]
+        report["norms"] += [r.grad_norm for r in results]
+        state = [full_state(engine)]
+        dist.broadcast_object_list(state)
+        state = state[0]
+        loader.close()
+        engine.destroy()
+    return report
+
+
+def test_ranks_that_do_not_divide_the_parameters(corpus):
+    """Partitions then end with padding, which DeepSpeed counts among the gradients of the last one."""
+    config = tiny_config(corpus, train__global_batch_size=12)
+    count = sum(parameter.numel() for parameter in build_model(config).parameters())
+    assert count % 3, "the case divides"
+    expected = oracle_run(config, 2 * len(STAGES))
+    for report in run_ranks(_three_ranks, 3, corpus):
+        assert report["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert report["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert report["same"] == [True] * 3
 
 
 @pytest.fixture(scope="module")
