@@ -2,6 +2,7 @@
 
     python benchmarks/start_stop.py                                   # CPU, 33 M parameters
     python benchmarks/start_stop.py --device cuda --preset 152m
+    python benchmarks/start_stop.py --ranks 2 --saves 24 parallel.zero_stage=1     # saves alone
 
 A start is `megameta train` in a fresh process. cold: no data-order cache, and the dataset's pages are dropped (Python's
 own files stay in the system's cache). warm: the same again. resume: from a checkpoint. Saves with and without
@@ -136,7 +137,7 @@ def timed_trainer(run: Any, topology: Any) -> Any:
     return Timed()
 
 
-def stalls(config: str, saves: int) -> dict[str, Any]:
+def stalls(config: str, saves: int, overrides: list[str]) -> dict[str, Any]:
     """Seconds that training waits at saves of either kind, and of steps beside a writing thread and without one."""
     from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
     from megameta.train.run_config import load_run_config
@@ -148,9 +149,13 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
             f"checkpoint.interval={BETWEEN}",
             f"run.dir={Path(config).with_suffix('.stalls')}",
             f"train.num_steps={BETWEEN * saves + 1}",  # the last save, which waits for its end, is a sync one
+            *overrides,
         ],
     )
-    topology = make_topology(pick_device(run.run.device))
+    degrees = run.parallel.tensor_parallel_size, run.parallel.pipeline_parallel_size
+    topology = make_topology(
+        pick_device(run.run.device), tensor_parallel_size=degrees[0], pipeline_parallel_size=degrees[1]
+    )
     initialize_process_group(topology)
     trainer = timed_trainer(run, topology)
     trainer.run()
@@ -158,8 +163,11 @@ def stalls(config: str, saves: int) -> dict[str, Any]:
     return {"seconds": trainer.spent, "checkpoint_bytes": size}
 
 
-def stalls_in_process(config: Path, saves: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--child", str(config), "--saves", str(saves)]
+def stalls_in_process(config: Path, saves: int, ranks: int, overrides: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore"]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [__file__, "--child", str(config), "--saves", str(saves), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -190,11 +198,15 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--repeats", type=int, default=2, help="of each kind of start")
     parser.add_argument("--saves", type=int, default=10, help="half of them asynchronous")
+    parser.add_argument("--ranks", type=int, default=1, help="more than one: saves alone, of that many processes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run whose saves are timed")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(stalls(arguments.child, arguments.saves)), flush=True)
+        found = stalls(arguments.child, arguments.saves, arguments.overrides)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found), flush=True)
         os._exit(0)
     shape, micro, tokens = PRESETS[arguments.preset]
     model = ModelConfig(
@@ -204,15 +216,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config = Path(name, "config.yaml")
         write_random_dataset(config.with_name("train"), model.vocab_size - 1, tokens)
-        train = {"micro_batch_size": micro, "global_batch_size": micro, "precision": precision, "peak_tflops": 1.0}
+        batch = micro * arguments.ranks  # divides by any number of replicas
+        train = {"micro_batch_size": micro, "global_batch_size": batch, "precision": precision, "peak_tflops": 1.0}
         sections = {"train": train, "run": {"device": arguments.device}, "log": {"tensorboard": False}}
         sections["optimizer"] = {"warmup_steps": 0}
         write_run(config, model, sections)
         print(f"{arguments.preset}: {shape}, {tokens:,} tokens, {arguments.device}, torch {torch.__version__}")
-        record: dict[str, Any] = {"command": sys.argv, "starts": starts(config, arguments.repeats)}
-        for kind, values in record["starts"].items():
-            print(f"{kind:<7} {statistics.median(values):.2f} s from launch to first step")
-        record["stalls"] = stalls_in_process(config, arguments.saves)
+        record: dict[str, Any] = {"command": sys.argv}
+        if arguments.ranks == 1:
+            record["starts"] = starts(config, arguments.repeats)
+            for kind, values in record["starts"].items():
+                print(f"{kind:<7} {statistics.median(values):.2f} s from launch to first step")
+        record["stalls"] = stalls_in_process(config, arguments.saves, arguments.ranks, arguments.overrides)
         show_stalls(record["stalls"])
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

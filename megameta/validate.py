@@ -12,7 +12,7 @@ def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     found += _analysis(config)
     if config.init.from_checkpoint is not None and config.init.from_hf is not None:
         found.append("init.from_checkpoint and init.from_hf both say where the weights start: take one away")
-    return found + layout_problems(config, device)
+    return found + _async_save(config) + layout_problems(config, device)
 
 
 def validate(config: RunConfig, *, world_size: int, device: str) -> None:
@@ -224,6 +224,19 @@ def _pipeline(config: RunConfig) -> list[str]:
             " pipeline_parallel_size=1"
         )
     return found
+
+
+def _async_save(config: RunConfig) -> list[str]:
+    """Threads copy what is in memory; what is offloaded further, DeepSpeed brings in for the calling thread alone."""
+    zero = config.deepspeed.get("zero_optimization")
+    places = {key: zero.get(key) for key in ("offload_optimizer", "offload_param")} if isinstance(zero, dict) else {}
+    on_disk = [key for key, place in places.items() if isinstance(place, dict) and place.get("device") == "nvme"]
+    if not config.checkpoint.async_save or not on_disk:
+        return []
+    return [
+        f"checkpoint.async_save with deepspeed.zero_optimization.{on_disk[0]}.device nvme: the state is not in memory"
+        " to be copied; set checkpoint.async_save=false"
+    ]
 
 
 def _precision(config: RunConfig, device: str) -> list[str]:

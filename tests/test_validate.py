@@ -38,6 +38,12 @@ def test_the_good_one_is_good():
             "cuda",
             ["fp16", "zero_stage 0", "zero_stage=1"],
         ),
+        (
+            ["checkpoint.async_save=true", "deepspeed.zero_optimization.offload_optimizer.device=nvme"],
+            1,
+            "cuda",
+            ["zero_optimization.offload_optimizer.device nvme", "async_save=false"],
+        ),
         ([], 16, "cpu", ["= 128", "global_batch_size=128 would do"]),
         (["train.micro_batch_size=4"], 4, "cpu", ["= 16", "global_batch_size=16", "micro_batch_size=2"]),
         (["train.precision=fp16"], 1, "cpu", ["fp16 needs a CUDA device", "bf16"]),

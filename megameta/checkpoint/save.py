@@ -54,16 +54,8 @@ class StateSource(Protocol):
         Ranks of other pipeline stages have other entries.
         """
 
-    @property
-    def is_local(self) -> bool:
-        """Whether ``gather`` makes no collective, so that a thread may call it."""
-
-    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
-        """The full float32 tensor on the CPU, on its owner; None elsewhere. Collective among the participants.
-
-        Args:
-            out: a float32 CPU tensor of the entry's shape to put it into, on its owner.
-        """
+    def gather(self, entry: StateEntry) -> Tensor | None:
+        """The full float32 tensor on the CPU, on its owner; None elsewhere. Collective among the participants."""
 
 
 def save_distributed(
@@ -166,8 +158,6 @@ def save_weights(
 class _InMemory:
     """A source over mappings."""
 
-    is_local = True
-
     def __init__(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         self._tensors = {"model": weights, "optimizer": moments}
         self.entries = [
@@ -176,7 +166,7 @@ class _InMemory:
             for name in tensors
         ]
 
-    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor:
+    def gather(self, entry: StateEntry) -> Tensor:
         return self._tensors[entry.kind][entry.name].detach().float().cpu()
 
 

@@ -75,7 +75,8 @@ class Trainer:
             self.probe = make_probe(config, topology)
         self.saver: BackgroundSaver | None = None
         if config.checkpoint.async_save:
-            self.saver = BackgroundSaver(topology, pin_memory=topology.device_type == "cuda")
+            group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+            self.saver = BackgroundSaver(topology, group, pin_memory=topology.device_type == "cuda")
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)

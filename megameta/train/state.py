@@ -1,6 +1,8 @@
 """What an engine holds, by canonical name: weights, moments and gradients, in full or as shards, under every layout."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megameta.checkpoint import StateEntry
+from megameta.checkpoint.ranks import exchange
 from megameta.model import ModelConfig
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.groups import TensorParallel
@@ -77,19 +80,12 @@ class EngineState:
             for key in (None, *MOMENTS)
         ]
 
-    @property
-    def is_local(self) -> bool:
-        """Every rank has the optimiser's state and the weights in full."""
-        return self.zero_stage == 0 and self.tp is None
-
-    def gather(self, entry: StateEntry, out: Tensor | None = None) -> Tensor | None:
+    def gather(self, entry: StateEntry) -> Tensor | None:
         """An entry in full, float32, on the CPU, where this rank owns it; None elsewhere. Collective in the stage."""
-        key, name = (None, entry.name) if entry.kind == "model" else entry.name.split(".", 1)
+        name, key = _name_and_key(entry)
         full = self.full(name, self.local(name, key))
-        if entry.owner != self.topology.rank:
-            return None
         # copied: the state goes on changing while it is written
-        return full.float().cpu().clone() if out is None else out.copy_(full)
+        return full.float().cpu().clone() if entry.owner == self.topology.rank else None
 
     def local(self, name: str, key: str | None = None) -> Tensor:
         """This rank's shard of a weight, or of a moment, whole over data-parallel ranks: collective among those."""
@@ -117,6 +113,80 @@ class EngineState:
             local = parts if dim == 0 else torch.cat(parts.chunk(self.tp.size), dim)
         return local[: shape[0]]
 
+    # --- out, in parts: without a collective, so that a thread may copy and send them ---------------------------------
+
+    def holders(self, entry: StateEntry) -> dict[int, int]:
+        """How many elements each rank has to give of an entry; ranks that need not give any are left out. Collective
+        over all ranks at the first call."""
+        name, _ = _name_and_key(entry)
+        owner, t = replace(self.topology, rank=entry.owner), self.topology
+        shards = range(t.tensor_parallel_size) if self._is_sharded(name) else [owner.tensor_parallel_rank]
+        replicas = range(t.data_parallel_size) if self.zero_stage else [owner.data_parallel_rank]
+        stage = t.pipeline_parallel_rank
+        ranks = [t.rank_of(pipeline=stage, data=data, tensor=tensor) for tensor in shards for data in replicas]
+        counts = {rank: self._fragments[rank][name][1] for rank in ranks}
+        return {rank: count for rank, count in counts.items() if count}
+
+    def part(self, entry: StateEntry) -> Tensor:
+        """This rank's part of an entry, flat, where it is: a view, which changes with the state. Not collective.
+
+        Only of ranks among the ``holders``.
+        """
+        name, key = _name_and_key(entry)
+        parameter: Any = self.parameters[name]
+        if self.zero_stage == 0:
+            tensor = parameter if key is None else self.optimizer.state[parameter][key]
+        elif self.zero_stage < 3:
+            tensor = parameter._hp_mapping.get_hp_fragment(key)
+        else:
+            # safe_get_local_fp32_param would copy what is offloaded back to the device.
+            zero = self.engine.optimizer
+            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            tensor = (flat if key is None else zero.optimizer.state[flat][key])[start : start + size]
+        return tensor.detach().view(-1)[: self._fragments[self.topology.rank][name][1]]
+
+    def assemble(self, entry: StateEntry, parts: Mapping[int, Tensor]) -> Tensor:
+        """The whole tensor, contiguous, from its holders' parts. Not collective; the inverse of ``part``."""
+        name, _ = _name_and_key(entry)
+        shape = self._shard_shape(name)
+        shards: dict[int, Tensor] = {}
+        for rank, part in parts.items():
+            first, count = self._fragments[rank][name]
+            tensor_rank = replace(self.topology, rank=rank).tensor_parallel_rank
+            if count == math.prod(shape):
+                shards[tensor_rank] = part
+            else:
+                shards.setdefault(tensor_rank, part.new_empty(math.prod(shape)))[first : first + count] = part
+        whole = [shards[tensor_rank].view(shape) for tensor_rank in sorted(shards)]
+        full = whole[0] if len(whole) == 1 else torch.cat(whole, shard_dim(name) or 0)
+        return full[: self.shapes[name][0]]
+
+    @cached_property
+    def _fragments(self) -> list[dict[str, tuple[int, int]]]:
+        """Of each rank by parameter: which elements of its flattened shard it holds, as (first, count). Collective."""
+        return exchange({name: self._fragment(name) for name in self.owned_names}, self.topology)
+
+    def _fragment(self, name: str) -> tuple[int, int]:
+        parameter: Any = self.parameters[name]
+        if self.zero_stage == 0:
+            return 0, parameter.numel()
+        if self.zero_stage < 3:
+            if parameter._hp_mapping is None:  # in other ranks' partitions
+                return 0, 0
+            address = parameter._hp_mapping.lp_fragment_address
+            return address.start, address.numel
+        first = min(self.topology.data_parallel_rank * parameter.ds_tensor.numel(), parameter.ds_numel)
+        return first, min(parameter.ds_tensor.numel(), parameter.ds_numel - first)
+
+    def _shard_shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor-parallel rank, whole over data-parallel ranks."""
+        parameter: Any = self.parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _is_sharded(self, name: str) -> bool:
+        return self.tp is not None and shard_dim(name) is not None
+
     # --- in ---------------------------------------------------------------------------------------------------------
 
     def shard(self, tensors: Mapping[str, Tensor], name: str, key: str | None = None) -> Tensor:
@@ -124,8 +194,7 @@ class EngineState:
         size, rank = (self.tp.size, self.tp.rank) if self.tp is not None else (1, 0)
         piece = read_shard(tensors, _entry_name(name, key), shard_of(name, self.shapes[name], self.config, rank, size))
         piece = piece.to(self.topology.device)
-        parameter = self.parameters[name]
-        whole = piece.new_zeros(getattr(parameter, "ds_shape", parameter.shape))
+        whole = piece.new_zeros(self._shard_shape(name))
         whole[: piece.shape[0]] = piece
         return whole
 
@@ -206,6 +275,14 @@ class EngineState:
         """Updates that AdamW has made (fp16 may have skipped some steps)."""
         by_group = self.inner_optimizer.param_groups[0].get("step")  # apex
         return int(by_group if by_group is not None else self.inner_optimizer.state[self.partitions()[0]]["step"])
+
+
+def _name_and_key(entry: StateEntry) -> tuple[str, str | None]:
+    """The parameter, and which of its moments (None: the weight itself)."""
+    if entry.kind == "model":
+        return entry.name, None
+    key, name = entry.name.split(".", 1)
+    return name, key
 
 
 def _entry_name(name: str, key: str | None) -> str:

@@ -1,12 +1,13 @@
 """Saves that a thread writes, of one process: the same files, one at a time, what is left of one that is dropped."""
 
+import math
 import shutil
 import threading
 
 import pytest
 import torch
 
-from megameta.checkpoint import TrainerState, open_checkpoint, write_checkpoint
+from megameta.checkpoint import TrainerState, background, open_checkpoint, write_checkpoint
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.ranks import Alone
 from megameta.checkpoint.save import _InMemory
@@ -21,10 +22,16 @@ STATE = TrainerState(step=7, next_batch=9, tokens=100, targets=80, optimizer_ste
 
 
 class Source(_InMemory):
-    """As an engine's state: what is gathered goes into the memory that is given."""
+    """As an engine's state: one rank's only part of each tensor is a view of it."""
 
-    def gather(self, entry, out=None):
-        return out.copy_(super().gather(entry))
+    def holders(self, entry):
+        return {0: math.prod(entry.shape)}
+
+    def part(self, entry):
+        return self._tensors[entry.kind][entry.name].view(-1)
+
+    def assemble(self, entry, parts):
+        return parts[0].view(entry.shape)
 
 
 def tensors():
@@ -96,18 +103,16 @@ def test_pages_are_locked_to_the_byte(tmp_path, monkeypatch, caplog, result):
     assert torch.equal(open_checkpoint(tmp_path / step_name(8)).weights()["blocks.3"], weights["blocks.3"])
 
 
-def test_who_copies_and_when(tmp_path):
-    """A thread, unless ranks must come together for it; then the caller, before ``begin`` returns."""
-    weights, may_copy, copied_by = tensors(), threading.Event(), set()
+def test_a_thread_copies(tmp_path, monkeypatch):
+    may_copy, copied_by, copy = threading.Event(), set(), background._copy
 
-    class Slow(Source):
-        def gather(self, entry, out=None):
-            copied_by.add(threading.current_thread().name)
-            assert may_copy.wait(LIMIT)
-            return super().gather(entry, out)
+    def slow(parts):
+        copied_by.add(threading.current_thread().name)
+        assert may_copy.wait(LIMIT)
+        copy(parts)
 
-    saver, source = BackgroundSaver(Alone()), Slow(weights, {})
-    saver.begin(tmp_path / step_name(1), CONFIG, source, STATE)
+    monkeypatch.setattr(background, "_copy", slow)
+    saver = begun(tmp_path / step_name(1), tensors())
     waiting = threading.Thread(target=saver.wait_for_copies)
     waiting.start()
     waiting.join(0.2)
@@ -116,22 +121,15 @@ def test_who_copies_and_when(tmp_path):
     waiting.join(LIMIT)
     assert not waiting.is_alive() and copied_by == {"checkpoint-writer"}
     saver.complete()
-    copied_by.clear()
-    source.is_local = False
-    saver.begin(tmp_path / step_name(2), CONFIG, source, STATE)
-    assert copied_by == {threading.current_thread().name}
-    saver.wait_for_copies()
-    saver.complete()
     saver.wait_for_copies()
 
 
-def test_a_copy_that_fails_is_said_when_the_save_is_completed(tmp_path):
-    class Failing(Source):
-        def gather(self, entry, out=None):
-            raise MemoryError("no host memory")
+def test_a_copy_that_fails_is_said_when_the_save_is_completed(tmp_path, monkeypatch):
+    def failing(_):
+        raise MemoryError("no host memory")
 
-    saver = BackgroundSaver(Alone())
-    saver.begin(tmp_path / step_name(7), CONFIG, Failing(tensors(), {}), STATE)
+    monkeypatch.setattr(background, "_copy", failing)
+    saver = begun(tmp_path / step_name(7), tensors())
     saver.wait_for_copies()
     with pytest.raises(UserError, match=r"cannot save .*rank 0, copying the state: MemoryError: no host memory"):
         saver.complete()
