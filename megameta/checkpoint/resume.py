@@ -11,6 +11,7 @@ from megameta.errors import UserError
 MAY_CHANGE = (
     "run.dir",
     "run.device",
+    "run.deterministic",
     "train.num_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",

@@ -35,6 +35,9 @@ class RunSection(Section):
     """Seed of the initial weights, the order of the data and the places of meta-tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPUs that are there, else the CPU."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: a run on GPUs that is stopped and started again is then bitwise
+    the one that was not, as on a CPU. Slower: attention's backward pass most of all."""
 
 
 def _is_number(value: Any) -> bool:
@@ -220,7 +223,8 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay on disk."""
     async_save: bool = False
     """Copy the state to host memory and write it while training goes on; needs 12 bytes a parameter there, shared among
-    the ranks that write. The checkpoint counts from the first step at which every rank has finished."""
+    the ranks as the state is on their devices. The checkpoint counts from the first step at which every rank has
+    finished."""
 
 
 class EvalSection(Section):

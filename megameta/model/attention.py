@@ -179,11 +179,13 @@ def attend_flash(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> 
         raise ImportError(f"flash-attn is installed but does not load: {error}") from error
 
     q, k, v = (x.transpose(1, 2) for x in (q_BHTK, k_BGSK, v_BGSK))
+    # Its backward pass adds up in any order otherwise; it does not ask torch.
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     if mask.documents is None:
-        return flash_attn_func(q, k, v, causal=mask.causal).transpose(1, 2)
+        return flash_attn_func(q, k, v, causal=mask.causal, **options).transpose(1, 2)
     bounds, longest = mask.documents.runs
     rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=True)
+    out = flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=True, **options)
     return out.view(q.shape).transpose(1, 2)
 
 

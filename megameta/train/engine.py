@@ -23,6 +23,7 @@ from megameta.parallel.topology import Topology
 from megameta.train.clipping import Clipping, clips_itself
 from megameta.train.compile import as_written, compile_blocks, compile_loss
 from megameta.train.deepspeed_config import deepspeed_config
+from megameta.train.determinism import use_deterministic_kernels
 from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
 from megameta.train.optimizer import make_optimizer
@@ -129,6 +130,8 @@ class Engine:
         ranks = topology.data_parallel_size
         self.accumulation_steps = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
         deepspeed = import_deepspeed(topology)
+        if config.run.deterministic:
+            use_deterministic_kernels()
         if topology.device_type == "cuda":
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         self.groups = make_groups(topology, sequence_parallel=config.parallel.sequence_parallel)

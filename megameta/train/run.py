@@ -21,6 +21,7 @@ from megameta.parallel.launch import initialize_process_group, make_topology, pi
 from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, RunData
+from megameta.train.determinism import use_deterministic_kernels
 from megameta.train.display import show_log
 from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
@@ -117,6 +118,8 @@ def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
 def _join(config: RunConfig) -> Topology:
     """This rank's place, in a process group."""
     device = pick_device(config.run.device)
+    if config.run.deterministic:  # before the checks of nodes multiply
+        use_deterministic_kernels()
     parallel, watch = config.parallel, config.cluster
     topology = make_topology(
         device,

@@ -38,9 +38,11 @@ class FakeFlash(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
         self.calls: list[str] = []
 
-    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, deterministic: bool = False
+    ) -> Tensor:
         """(B, T, H, K) and twice (B, S, G, K); a causal mask is aligned to the bottom right corner."""
-        self.calls.append("causal" if causal else "full")
+        self.calls.append(("causal" if causal else "full") + ", deterministic" * deterministic)
         self._check(q, k, v, 4)
         return torch.stack([_dense(*rows, causal) for rows in zip(q, k, v)])
 
@@ -55,9 +57,10 @@ class FakeFlash(types.ModuleType):
         max_seqlen_k: int,
         *,
         causal: bool = False,
+        deterministic: bool = False,
     ) -> Tensor:
         """(rows, H, K): sequences one after another, whose bounds are int32 with 0 and the number of rows in them."""
-        self.calls.append("varlen")
+        self.calls.append("varlen" + ", deterministic" * deterministic)
         self._check(q, k, v, 3)
         for bounds, rows, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
             assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(rows)
@@ -109,6 +112,16 @@ def test_flash_equals_sdpa(kind: str, kv_heads: int, flash: FakeFlash) -> None:
     expected = attend_sdpa(q.double(), k.double(), v.double(), mask)
     assert out.dtype == torch.bfloat16
     assert_close(out, expected, 1e-2, kind)
+
+
+def test_flash_is_told_to_be_deterministic(flash: FakeFlash) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for mask in (Mask(causal=True), document_mask(make_documents("packed"))):
+            attend_flash(*qkv(4), mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash.calls == ["causal, deterministic", "varlen, deterministic"]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
@@ -285,18 +298,22 @@ def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("kind", ["causal", "packed", "left_pad"])
-def test_real_flash_equals_sdpa(kind: str, kv_heads: int) -> None:
+@pytest.mark.parametrize("kernel", ["flash-attn", "torch's"])
+def test_real_kernels_equal_a_mask(kernel: str, kind: str, kv_heads: int) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: flash-attn is compared with sdpa on a GPU only")
-    if importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("no CUDA device: attention kernels are compared on a GPU only")
+    if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed: pip install flash-attn --no-build-isolation")
+    if kernel != "flash-attn" and kind != "causal" and not has_varlen():
+        pytest.skip("torch has no varlen_attn here: torch 2.11 and compute capability 8 are needed")
     generator = torch.Generator().manual_seed(0)
     heads = (4, kv_heads, kv_heads)
     inputs = [torch.randn(4, LENGTH, h, 64, generator=generator).cuda().bfloat16().transpose(1, 2) for h in heads]
     document = None if kind == "causal" else make_documents(kind).cuda()
-    mask = Mask(causal=True) if document is None else document_mask(document)
+    mask = Mask(causal=True) if document is None else Mask(documents=Documents(document, has_varlen=has_varlen()))
     results = []
-    for attend, dtype in ((attend_flash, torch.bfloat16), (attend_sdpa, torch.float64)):
+    attend_halves = attend_flash if kernel == "flash-attn" else attend_sdpa
+    for attend, dtype in ((attend_halves, torch.bfloat16), (attend_sdpa, torch.float64)):
         leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
         out = attend(*leaves, mask)
         out.double().square().sum().backward()

@@ -106,6 +106,8 @@ def make_recorder() -> Any:
             self.kernels, self.seconds, self.copies = 0, 0.0, []
             self.products = 0.0
             """Of the seconds, those of matrix products and attention."""
+            self.names: set[str] = set()
+            """Of the operations."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -132,6 +134,7 @@ def make_recorder() -> Any:
             elif read and read[1 if name == "addmm" else 0].dtype == torch.float32:
                 rate = PRODUCTS_FLOAT32
             self.kernels += 1
+            self.names.add(name)
             seconds = max(size / BANDWIDTH, flops / rate, SHORTEST)
             self.seconds += seconds
             self.products += seconds if flops else 0.0
@@ -198,6 +201,7 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
         "products": seen.products,
         "kept": kept_bytes,
         "copies": seen.copies,
+        "names": sorted(seen.names),
         "graphs": graphs,
     }
 
@@ -208,7 +212,7 @@ def measure(model: dict[str, Any], batch: int, *, documents: bool) -> dict[str, 
     layer = {key: three[key] - two[key] for key in ("kernels", "kept", "seconds", "products")}
     seconds = two["seconds"] + (model["num_layers"] - 2) * layer["seconds"]
     share = layer["products"] / layer["seconds"]
-    return {**layer, "seconds": seconds, "products": share, "copies": three["copies"]}
+    return {**layer, "seconds": seconds, "products": share, "copies": three["copies"], "names": three["names"]}
 
 
 def run_loss(kind: str, rows: int, width: int, entries: int) -> dict[str, Any]:
@@ -241,7 +245,12 @@ def run_loss(kind: str, rows: int, width: int, entries: int) -> dict[str, Any]:
                 how = compiled if kind == "compiled" else None
                 loss = fused_cross_entropy_sum(x_BTD, weight_PD[:entries], label_BT, compiled=how)
             torch.autograd.grad(loss, [x_BTD, weight_PD])
-    return {"kernels": seen.kernels, "seconds": seen.seconds, "copies": seen.copies}
+    return {
+        "kernels": seen.kernels,
+        "seconds": seen.seconds,
+        "copies": seen.copies,
+        "names": sorted(seen.names),
+    }
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:

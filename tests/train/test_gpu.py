@@ -1,65 +1,63 @@
-"""What only a CUDA device can show: mixed precision against float32 on the CPU, fp16's loss scaling."""
+"""What a CUDA device computes: every precision and ZeRO stage against float32 on a CPU, and a resume to the bit.
 
-import subprocess
+The engines of all cases run in one process of their own (``tests/support/gpu_cases.py``), which also keeps this one's
+DeepSpeed on the CPU. A part of the cases runs on the CPU, too: it proves the kept losses and the program.
+"""
+
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megameta.config import load_config
-from megameta.data.indexed import IndexedDatasetWriter
-from megameta.train.metrics import read_metrics
+from tests.support import gpu_cases
+from tests.support.commands import true_process
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
-]
+#: A limit against hanging.
+SECONDS = 600
+ON_A_CPU = ("fp32, ZeRO 0", "fp32, documents", "fp32, deterministic resume")
 
-CONFIG = """
-model: {vocab_size: 512, hidden_size: 128, num_layers: 2, num_heads: 2}
-data: {sequence_length: 128}
-train: {num_steps: 20, micro_batch_size: 4, global_batch_size: 16}
-optimizer: {lr: 1e-3, warmup_steps: 5}
-"""
+
+def run(file: Path, *words: str) -> dict[str, Any]:
+    done = true_process(sys.executable, "-m", "tests.support.gpu_cases", file, *words, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+def check(name: str, found: dict[str, Any], tolerance: float) -> None:
+    assert "error" not in found, found["error"]
+    if name == "auto":
+        assert found["precision"] == "bf16"
+        return
+    if "resume" in name:
+        assert found["deterministic"]
+        assert found["again"] == found["whole"], "the same run again is another one"
+        assert found["resumed"] == found["whole"]
+        return
+    kept = json.loads(gpu_cases.GOLDEN.read_text())["documents" if "documents" in name else "plain"]
+    assert found["losses"] == pytest.approx(kept, rel=tolerance)
+
+
+def test_kept_losses_are_those_of_this_cpu(tmp_path: Path) -> None:
+    found = run(tmp_path / "found.json", *ON_A_CPU, "--device", "cpu")
+    assert list(found) == list(ON_A_CPU)
+    for name in ON_A_CPU:
+        check(name, found[name], 1e-5)
+    losses = found["fp32, ZeRO 0"]["losses"]
+    assert losses[-1] < 0.9 * losses[0], "there is nothing to learn: any optimiser would do"
+    assert losses != pytest.approx(found["fp32, documents"]["losses"], rel=5e-3), "documents make no difference"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    (folder / "config.yaml").write_text(CONFIG)
-    draws = np.random.default_rng(0)
-    with IndexedDatasetWriter(str(folder / "train"), np.dtype(np.uint16)) as writer:
-        for _ in range(200):
-            writer.add_document(draws.integers(0, 64, 500))
-    return folder
+def on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; torch sees none here")
+    return run(tmp_path_factory.mktemp("gpu") / "found.json")
 
 
-def losses(folder: Path, name: str, *overrides: str) -> list[float]:
-    command = [sys.executable, "-m", "megameta", "train", str(folder / "config.yaml"), f"run.dir={folder / name}"]
-    command += [f"data.train=[{folder / 'train'}]", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    return [record["loss"] for record in read_metrics(folder / name / "metrics.jsonl")]
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_losses_on_the_gpu_follow_float32_on_the_cpu(folder: Path, precision: str, zero: int) -> None:
-    cpu = folder / "cpu"
-    expected = (
-        [record["loss"] for record in read_metrics(cpu / "metrics.jsonl")]
-        if (cpu / "metrics.jsonl").exists()
-        else losses(folder, "cpu", "run.device=cpu", "train.precision=fp32")
-    )
-    found = losses(folder, f"{precision}-{zero}", f"train.precision={precision}", f"parallel.zero_stage={zero}")
-    tolerance = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
-    assert len(found) == len(expected)
-    assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < tolerance
-
-
-def test_auto_is_bf16_and_stays_so_on_a_cpu(folder: Path) -> None:
-    for words in (["train.num_steps=10"], ["run.device=cpu"]):
-        losses(folder, "auto", *words)
-        assert load_config(folder / "auto" / "config.yaml").train.precision == "bf16"
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", gpu_cases.CASES)
+def test_on_the_gpu(name: str, on_the_gpu: dict[str, Any]) -> None:
+    check(name, on_the_gpu[name], gpu_cases.TOLERANCE.get(name[:4], 0.0))
