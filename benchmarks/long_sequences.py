@@ -23,7 +23,14 @@ from memory import kept_for_backward, peak_of
 from paired import HEADER, measure, ratio, seconds
 from step_time import make_batch
 
-from megameta.model import GPT, Attention, ModelConfig, cross_entropy_sum, initialize_weights
+from megameta.model import (
+    GPT,
+    Attention,
+    ModelConfig,
+    cross_entropy_sum,
+    find_document_runs,
+    initialize_weights,
+)
 
 SHAPES = {
     "cpu": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512},
@@ -32,17 +39,21 @@ SHAPES = {
 FRACTION = 0.1
 
 
-def documents_batch(
-    config: ModelConfig, batch: int, length: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Random tokens with M meta-tokens a sequence, and documents of 100 to 1500 slots: (B, T) both; M."""
+def documents_batch(config: ModelConfig, batch: int, length: int, device: str) -> dict[str, Any]:
+    """What a loader gives to the model: random tokens with M meta-tokens a sequence, documents of 100 to 1500 slots."""
     draws = np.random.default_rng(0)
     document_BT = torch.empty(batch, length, dtype=torch.int64)
     for row in range(batch):
         sizes = draws.integers(100, 1500, length // 100 + 1)
         document_BT[row] = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)[:length])
-    token_BT = make_batch(config, batch, length, FRACTION, device)
-    return token_BT, document_BT.to(device), int(FRACTION * length)
+    token_BT, columns = make_batch(config, batch, length, FRACTION, "cpu"), int(FRACTION * length)
+    runs = find_document_runs(token_BT, document_BT, config.meta_token_id, columns)
+    return {
+        "token_BT": token_BT.to(device),
+        "document_BT": document_BT.to(device),
+        "num_meta_columns": columns,
+        "document_runs": runs.with_each(lambda x: x.to(device)),
+    }
 
 
 def make_step(config: ModelConfig, slots: int, length: int, device: str) -> tuple[Callable[[], float], int, str]:
@@ -51,12 +62,12 @@ def make_step(config: ModelConfig, slots: int, length: int, device: str) -> tupl
     initialize_weights(model, config, seed=0)
     model = model.to(device)
     micro = max(1, min(slots, 16384) // length)
-    token_BT, document_BT, columns = documents_batch(config, micro, length, device)
-    is_cuda = device == "cuda"
+    given = documents_batch(config, micro, length, device)
+    token_BT, is_cuda = given.pop("token_BT"), device == "cuda"
 
     def forward() -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16) if is_cuda else nullcontext():
-            logits = model(token_BT, document_BT=document_BT, num_meta_columns=columns)
+            logits = model(token_BT, **given)
         return cross_entropy_sum(logits, token_BT.roll(-1, dims=1)) / slots
 
     def step() -> float:

@@ -1,4 +1,4 @@
-"""Names every package that benchmarks/gpu.sh needs and this Python lacks, at once; exit code 1 where one is missing.
+"""Names every package that benchmarks/gpu.py needs and this Python lacks, at once; exit code 1 where one is missing.
 
     python benchmarks/needs.py
 
@@ -76,7 +76,7 @@ def main() -> int:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
         print(
             f"error: missing packages: {', '.join(lacking)}; install them, or put their wheels (for {tag}, or py3)"
-            " into a folder and name it in WHEELS",
+            " into a folder and name it with --wheels",
             file=sys.stderr,
         )
     return int(bool(lacking))
