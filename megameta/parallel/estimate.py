@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig
 from megameta.parallel.activations import Activations, Widths, activations
-from megameta.parallel.layout import Layout, Weights, stage_blocks, stage_weights
-from megameta.parallel.traffic import Transfer, live_parameters, transfers, zero_option
-
-#: DeepSpeed's default reduce_bucket_size, in elements.
-REDUCE_BUCKET = 5e8
+from megameta.parallel.layout import (
+    REDUCE_BUCKET,
+    Layout,
+    Weights,
+    overlaps_reduction,
+    stage_blocks,
+    stage_weights,
+    zero_option,
+)
+from megameta.parallel.traffic import Transfer, live_parameters, transfers
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ def _workspace(
 ) -> float:
     """The most of three moments: at the loss, inside a block's backward pass, in the update.
 
-    DeepSpeed's bucket comes with the first gradient of a backward pass; ZeRO 2 gives it back with the last one, ZeRO 1
-    only after the reduction of the last micro-batch, ZeRO 3 never. What is reduced is copied once more.
+    DeepSpeed's bucket (two that take turns, where sums overlap the pass) comes with the first gradient of a backward
+    pass; ZeRO 2 gives it back with the last one, ZeRO 1 only after the reduction of the last micro-batch, ZeRO 3 never.
+    What is reduced is copied once more.
 
     Args:
         gradients: bytes of all gradients of the stage's shard.
@@ -110,6 +116,12 @@ def _workspace(
     zero, (num_blocks, num_branches, last) = layout.zero_stage, blocks
     width = Widths.of(config.train.precision, zero).weight
     bucket = width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET) if zero > 0 else 0.0
+    device_type = "cpu" if config.run.device == "cpu" else "cuda"
+    count = int(gradients / width)
+    if overlaps_reduction(
+        config, device_type, zero_stage=zero, pipeline=layout.pipeline, data=layout.data, num_parameters=count
+    ):
+        bucket *= 2
     reduced = min(gradients, width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET))
     stays = zero == 3 or (zero == 1 and layout.accumulation > 1)
     at_loss = per_micro_batch.at_loss(num_blocks, num_branches, last=last, recompute=layout.checkpointing)

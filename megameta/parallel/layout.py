@@ -6,6 +6,7 @@ Letters: D model width, F feed-forward width, K head width, P padded vocabulary.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
@@ -14,6 +15,9 @@ from megameta.parallel.pipeline import stage_bounds
 
 #: Keys of deepspeed.zero_optimization that mean nothing at stage 0.
 NEED_ZERO = frozenset({"stage", "offload_optimizer", "offload_param"})
+
+#: DeepSpeed's default reduce_bucket_size, in elements.
+REDUCE_BUCKET = 5e8
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,40 @@ def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
     if config.parallel.zero_stage is not None:
         return config.parallel.zero_stage
     shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
-    own = config.deepspeed.get("zero_optimization")
-    asked = "data_types" in config.deepspeed or (isinstance(own, dict) and not NEED_ZERO.isdisjoint(own))
+    asked = "data_types" in config.deepspeed or not NEED_ZERO.isdisjoint(zero_options(config))
     return int(shared or config.train.precision == "fp16" or asked)
+
+
+def zero_options(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's zero_optimization, from the pass-through section; what is no section there is refused elsewhere."""
+    own = config.deepspeed.get("zero_optimization")
+    return own if isinstance(own, dict) else {}
+
+
+def zero_option(config: RunConfig, name: str, default: float) -> float:
+    """A number among them."""
+    return float(zero_options(config).get(name, default))
+
+
+def overlaps_reduction(
+    config: RunConfig, device_type: str, *, zero_stage: int, pipeline: int, data: int, num_parameters: int
+) -> bool:
+    """Whether ZeRO 1 or 2 sums gradients over its ranks beside the backward pass (DeepSpeed's overlap_comm).
+
+    Where the configuration leaves it open: on GPUs, if a rank's gradients fill more than one bucket. With one the sum
+    begins when all gradients are there anyway, and the second bucket, which overlapping takes, is memory for nothing.
+    ZeRO 3 always does; pipeline stages never can.
+
+    Args:
+        num_parameters: of a rank.
+    """
+    if zero_stage not in (1, 2) or pipeline > 1:
+        return False
+    chosen = zero_options(config).get("overlap_comm")
+    if chosen is not None:
+        return bool(chosen)
+    fills_more = num_parameters > zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)
+    return device_type == "cuda" and data > 1 and fills_more
 
 
 @dataclass(frozen=True)

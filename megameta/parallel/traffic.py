@@ -19,7 +19,7 @@ from typing import Literal
 from megameta.config import RunConfig
 from megameta.model import ModelConfig
 from megameta.parallel.activations import Widths
-from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
+from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows, zero_option
 
 Group = Literal["tensor", "pipeline", "data", "embedding"]
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
@@ -199,11 +199,6 @@ def _data(config: RunConfig, layout: Layout, weights: Weights, blocks: tuple[int
 def _linear_layers(model: ModelConfig, blocks: tuple[int, int]) -> int:
     in_plain = 4 + (3 if model.activation == "swiglu" else 2)
     return (blocks[1] - blocks[0]) * in_plain + model.count_meta_layers(*blocks) * 4
-
-
-def zero_option(config: RunConfig, name: str, default: float) -> float:
-    """An option of DeepSpeed's zero_optimization section, from the pass-through section."""
-    return float(config.deepspeed.get("zero_optimization", {}).get(name, default))
 
 
 def live_parameters(config: RunConfig, layout: Layout, weights: Weights) -> float:

@@ -18,8 +18,10 @@ ELSEWHERE = {
 }
 
 
-def deepspeed_config(config: RunConfig, accumulation_steps: int, zero_stage: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``.
+def deepspeed_config(
+    config: RunConfig, accumulation_steps: int, zero_stage: int, *, overlap: bool = False
+) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``. ``overlap``: as ``parallel.layout.overlaps_reduction`` says.
 
     bf16 runs as autocast over float32 parameters, which is right at every ZeRO stage; gradients are reduced in float32,
     so no module is listed for low-precision communication. fp16 does the same with a gradient scaler at ZeRO 0; at 1 to
@@ -41,6 +43,8 @@ def deepspeed_config(config: RunConfig, accumulation_steps: int, zero_stage: int
         derived["gradient_clipping"] = 0.0
         if zero_stage > 0:
             derived["zero_optimization"]["compute_grad_norm"] = False
+    if overlap:
+        derived["zero_optimization"]["overlap_comm"] = True
     if config.parallel.pipeline_parallel_size > 1:
         # Stages send whole tensors: under sequence parallelism they are shards already, each rank's another.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

@@ -18,7 +18,7 @@ from megameta.config import RunConfig
 from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
-from megameta.parallel.layout import zero_stage
+from megameta.parallel.layout import overlaps_reduction, zero_stage
 from megameta.parallel.topology import Topology
 from megameta.train.clipping import Clipping, clips_itself
 from megameta.train.compile import as_written, compile_blocks, compile_loss
@@ -143,7 +143,17 @@ class Engine:
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if halves else {}
         module = self._wrap(model)
         self.optimizer = make_optimizer(module, config.optimizer)
-        settings, mpu = deepspeed_config(config, self.accumulation_steps, self.zero_stage), self._mpu()
+        count = sum(parameter.numel() for parameter in model.parameters())
+        overlap = overlaps_reduction(
+            config,
+            topology.device_type,
+            zero_stage=self.zero_stage,
+            pipeline=topology.pipeline_parallel_size,
+            data=ranks,
+            num_parameters=count,
+        )
+        settings = deepspeed_config(config, self.accumulation_steps, self.zero_stage, overlap=overlap)
+        mpu = self._mpu()
         if self.zero_stage == 3:
             # Partitions one parameter after another, so that no device ever holds the whole model. It does not ask the
             # mpu for the group, and would mix the shards of different tensor-parallel ranks.

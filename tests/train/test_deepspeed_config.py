@@ -3,6 +3,7 @@
 import pytest
 
 from megameta.errors import UserError
+from megameta.parallel.layout import overlaps_reduction
 from megameta.train.deepspeed_config import deepspeed_config
 from tests.support.training import tiny_config
 
@@ -42,6 +43,26 @@ def test_who_clips():
         derived = deepspeed_config(tiny_config("x", **changes), 4, stage)
         assert derived["gradient_clipping"] == 0.0
         assert derived["zero_optimization"].get("compute_grad_norm", True) == (stage == 0)
+
+
+def test_sums_overlap_the_backward_pass_where_that_gains():
+    """On GPUs, where gradients fill several buckets; or as the configuration says."""
+
+    def found(device="cuda", stage=1, pipeline=1, data=2, count=1_000_001, **zero):
+        config = tiny_config("x", deepspeed__zero_optimization={"reduce_bucket_size": 1_000_000, **zero})
+        sizes = {"zero_stage": stage, "pipeline": pipeline, "data": data, "num_parameters": count}
+        return overlaps_reduction(config, device, **sizes)
+
+    assert found() and found(stage=2)
+    for other in ({"device": "cpu"}, {"stage": 0}, {"stage": 3}, {"pipeline": 2}, {"data": 1}, {"count": 1_000_000}):
+        assert not found(**other), other
+    assert not found(overlap_comm=False) and found(device="cpu", count=1, overlap_comm=True)
+    assert not found(pipeline=2, overlap_comm=True)
+    config = tiny_config("x", parallel__zero_stage=1)
+    assert deepspeed_config(config, 4, 1, overlap=True)["zero_optimization"]["overlap_comm"]
+    assert "overlap_comm" not in deepspeed_config(config, 4, 1)["zero_optimization"]
+    chosen = tiny_config("x", deepspeed__zero_optimization={"stage": 1, "overlap_comm": True})
+    assert deepspeed_config(chosen, 4, 1, overlap=True)["zero_optimization"]["overlap_comm"]
 
 
 def test_pass_through_adds_and_may_repeat():

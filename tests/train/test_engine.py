@@ -156,6 +156,27 @@ def _everything(topology, corpus):
     return report
 
 
+def _overlapping(topology, corpus):
+    """Gradients summed in the backward pass, in many buckets."""
+    found = {}
+    for stage in (1, 2):
+        zero = {"overlap_comm": True, "reduce_bucket_size": 3000}
+        config = tiny_config(corpus, parallel__zero_stage=stage, deepspeed__zero_optimization=zero)
+        engine, loader = _make(topology, config)
+        found[stage] = [(r.loss, r.grad_norm) for r in take_steps(engine, loader, config, 1, BF16_STEPS)]
+        loader.close()
+        engine.destroy()
+    return found
+
+
+def test_sums_that_overlap_the_backward_pass(corpus, oracle):
+    """The order of hooks and our norm and clipping after it; the streams of a GPU are not in this."""
+    expected = zip(oracle["losses"][:BF16_STEPS], oracle["norms"][:BF16_STEPS])
+    expected = [pytest.approx(pair, rel=1e-5) for pair in expected]
+    for report in run_ranks(_overlapping, 2, corpus):
+        assert report[1] == expected and report[2] == expected
+
+
 def _three_ranks(topology, corpus):
     """Two steps at each stage, each from the state that the one before left."""
     report, state = {"losses": [], "norms": [], "same": []}, None
