@@ -209,6 +209,11 @@ def loss_functions(
     return loss_function(config, tp), score_function(config, tp)
 
 
+def scaled(loss_sum: Tensor, scale: Tensor | float) -> Tensor:
+    """The product in the loss's own type, which a scalar tensor of another type would change."""
+    return loss_sum * (scale.to(loss_sum.dtype) if isinstance(scale, Tensor) else scale)
+
+
 class StageLoss:
     """The last stage's loss: scaled for the gradient, and what the step or evaluation sums up on record.
 
@@ -222,7 +227,7 @@ class StageLoss:
     def __init__(self, cross_entropy: Callable[..., Tensor], score: Callable[..., Tensor]) -> None:
         self.cross_entropy = cross_entropy
         self.score = score
-        self.scale = 1.0
+        self.scale: Tensor | float = 1.0
         self.scoring = False
         self.num_groups = 0
         self.sums: list[Tensor] = []
@@ -236,7 +241,7 @@ class StageLoss:
             return self.sums[-1][0]
         loss_sum = self.cross_entropy(*parts, label_BT)
         self.sums.append(loss_sum.detach().double())
-        return loss_sum * self.scale
+        return scaled(loss_sum, self.scale)
 
 
 def make_pipeline(stage: Stage, config: ModelConfig, topology: Topology, loss: StageLoss) -> Any:

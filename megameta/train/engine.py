@@ -19,6 +19,7 @@ from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.layout import overlaps_reduction, zero_stage
+from megameta.parallel.pipeline import scaled
 from megameta.parallel.topology import Topology
 from megameta.train.clipping import Clipping, clips_itself
 from megameta.train.compile import as_written, compile_blocks, compile_loss
@@ -177,6 +178,9 @@ class Engine:
         self._timer = ForwardTimer(topology.device)
         self.before_update: Callable[[], None] = _nothing
         """Called in every step when gradients are there and weights and moments are about to change."""
+        self.flags: Callable[[], Sequence[bool]] = tuple
+        """Asked in every step; ``flagged`` then has whether each was set on any rank."""
+        self.flagged: list[bool] = []
         self.forward_seconds: list[float] = []
         """Of the last step's first micro-batch, by rank (on GPUs of the step before); 0 where it is not measured."""
         self.state.restore_masters(exact)
@@ -213,17 +217,12 @@ class Engine:
             NonFiniteLoss: on every rank, before the update.
             NonFiniteGradient: on every rank; after the update where DeepSpeed takes the norm in it.
         """
-        num_targets = self._sum_over_replicas([sum(batch.num_targets for batch in batches)])[0]
-        if num_targets == 0:
-            raise UserError(
-                f"no position of samples {_describe(batches)} has a target; check data.document_mask and the documents"
-            )
-        scale = self.accumulation_steps * self.topology.data_parallel_size / num_targets
+        own = sum(batch.num_targets for batch in batches)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        total = self._accumulate(batches, scale)
+        total = self._accumulate(batches, self._scale(own, batches))
         on_device = self._norm()
-        loss, norm = self._read(total, on_device, num_targets, batches)
+        loss, norm, num_targets = self._read(total, on_device, own, batches)
         if norm is not None:
             self._check_norm(loss, norm, updated=False)
         updates = self.state.optimizer_step if self._scales_loss else 0
@@ -237,7 +236,17 @@ class Engine:
         applied = not self._scales_loss or self.state.optimizer_step > updates
         return StepResult(loss, norm, num_targets, applied)
 
-    def _accumulate(self, batches: Sequence[Batch], scale: float) -> Tensor:
+    def _scale(self, own: int, batches: Sequence[Batch]) -> Tensor | float:
+        """What a micro-batch's loss sum is multiplied by. Of many ranks it stays on the device, where their counts are
+        summed: the host goes on."""
+        if self.topology.world_size == 1:
+            _check_targets(own, batches)
+            return self.accumulation_steps / own
+        count = torch.full((), float(own), dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(count)  # every rank of a replica has counted the same samples
+        return self.accumulation_steps * self.topology.world_size / count
+
+    def _accumulate(self, batches: Sequence[Batch], scale: Tensor | float) -> Tensor:
         """Gradients of all micro-batches, reduced, with the update still to come; this rank's loss sum, float64."""
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
@@ -245,7 +254,7 @@ class Engine:
             with self._timer if number == 1 else contextlib.nullcontext():
                 loss_sum = self.engine(batch.to(self.topology.device))
             total += loss_sum.detach()
-            self.engine.backward(loss_sum * scale)
+            self.engine.backward(scaled(loss_sum, scale))
             if number < len(batches):
                 self.engine.step()  # counts the micro-step; DeepSpeed updates at the last one only
         return total
@@ -262,20 +271,33 @@ class Engine:
         return norm if scaler is None else norm / scaler.get_scale()
 
     def _read(
-        self, total: Tensor, norm: Tensor | None, num_targets: int, batches: Sequence[Batch]
-    ) -> tuple[float, float | None]:
-        """(mean loss over the step's targets, norm of the gradient or None): the one wait of a step for the device.
-        Forward times travel along.
+        self, total: Tensor, norm: Tensor | None, own: int, batches: Sequence[Batch]
+    ) -> tuple[float, float | None, int]:
+        """(mean loss over the step's targets, norm of the gradient or None, targets): the one wait of a step for the
+        device. Forward times and flags travel along.
+
+        Args:
+            own: this rank's targets.
 
         Raises:
             NonFiniteLoss: on every rank.
+            UserError: on every rank, where there is no target.
         """
-        parts = [total, total.new_full((), self._timer.seconds)]  # a number of the host, but no copy of it
-        numbers = self._gather(torch.stack(parts if norm is None else [*parts, norm]))
+        flags, ranks = self.flags(), self.topology.world_size
+        parts = [total, total.new_full((), self._timer.seconds)]  # numbers of the host, but no copies of them
+        parts += [] if norm is None else [norm]
+        first = len(parts)
+        if ranks > 1:
+            parts += [total.new_full((), float(value)) for value in (own, *flags)]
+        numbers = self._gather(torch.stack(parts))
         self._timer.read()
-        ranks = self.topology.world_size
-        columns = [numbers[i :: len(numbers) // ranks] for i in range(len(numbers) // ranks)]
+        columns = [numbers[i :: len(parts)] for i in range(len(parts))]
         per_rank, self.forward_seconds = columns[0], columns[1]
+        num_targets, self.flagged = own, list(flags)
+        if ranks > 1:
+            num_targets = int(sum(columns[first])) // self.topology.model_parallel_size
+            self.flagged = [any(column) for column in columns[first + 1 :]]
+            _check_targets(num_targets, batches)
         bad = [rank for rank, value in enumerate(per_rank) if not math.isfinite(value)]
         if bad:
             samples: list[Any] = [None] * ranks
@@ -283,7 +305,7 @@ class Engine:
             where = "; ".join(f"rank {rank}: samples {samples[rank]}" for rank in bad)
             raise NonFiniteLoss(f"the loss is not finite ({where})")
         loss = sum(per_rank[rank] for rank in self.topology.loss_ranks()) / num_targets
-        return loss, columns[2][0] if norm is not None else None
+        return loss, columns[2][0] if norm is not None else None, num_targets
 
     def _check_norm(self, loss: float, norm: float, *, updated: bool) -> None:
         if not math.isfinite(norm) and not self._scales_loss:
@@ -364,6 +386,13 @@ class Engine:
     def destroy(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""
         self.engine.destroy()
+
+
+def _check_targets(count: int, batches: Sequence[Batch]) -> None:
+    if count == 0:
+        raise UserError(
+            f"no position of samples {_describe(batches)} has a target; check data.document_mask and the documents"
+        )
 
 
 def _describe(batches: Sequence[Batch]) -> str:

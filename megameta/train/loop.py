@@ -91,6 +91,7 @@ class Trainer:
             "data": self.engine.groups.data,
             "tensor": self.engine.groups.layers.group,
         }
+        self.engine.flags = self._flags
         self._describe(checkpoint)
         self._open_records()
 
@@ -174,15 +175,18 @@ class Trainer:
         while self.state.step < config.train.num_steps:
             self._step()
             step, last = self.state.step, self.state.step == config.train.num_steps
+            asks = topology.world_size == 1  # costs nothing
             if config.train.check_replicas_every and step % config.train.check_replicas_every == 0:
                 check_replicas(self.engine.state, step)
             sets = self.data.evaluator.names(final=last)
             if sets and (last or self.data.evaluates(step)):
                 self._evaluate(sets)
+                asks = True  # much may have happened since the step
             if self.probe is not None and step % config.analysis.interval == 0:
                 self._analyze(self.probe)
-            is_writing = self.saver is not None and self.saver.is_writing
-            stopping, is_writing = self.engine.any_rank(self.stop.requested, is_writing)
+                asks = True  # much may have happened since the step
+            # What came with the step's loss, or is asked for, which the host waits for.
+            stopping, is_writing = self.engine.any_rank(*self._flags()) if asks else self.engine.flagged
             if not is_writing:
                 self._complete_save()
             if last or stopping or step % config.checkpoint.interval == 0:
@@ -195,6 +199,10 @@ class Trainer:
         LOG.info("done: %d steps, checkpoint %s", self.state.step, self.checkpoints / step_name(self.state.step))
         LOG.info("next: python tools/convert_checkpoint.py to-hf %s --output DIR", config.run.dir)
         return EXIT_OK
+
+    def _flags(self) -> tuple[bool, bool]:
+        """Whether this rank is asked to stop, and whether its thread is writing."""
+        return self.stop.requested, self.saver is not None and self.saver.is_writing
 
     def _step(self) -> None:
         config, state = self.config, self.state

@@ -33,7 +33,7 @@ class PipelineEngine(Engine):
     def _mpu(self) -> Any:
         return None  # the PipelineModule brings its own
 
-    def _accumulate(self, batches: Sequence[Batch], scale: float) -> Tensor:
+    def _accumulate(self, batches: Sequence[Batch], scale: Tensor | float) -> Tensor:
         from deepspeed.runtime.pipe.schedule import OptimizerStep
 
         # The schedule ends with the update, which here waits until every rank's loss is known to be finite.

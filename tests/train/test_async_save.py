@@ -97,7 +97,8 @@ def _copied_late(topology, corpus, root):
 
 
 def _published_late(topology, corpus, root):
-    """Rank 1's thread takes from step 3 to step 5; what ``latest`` names after each step."""
+    """Rank 1's thread takes from step 3 to step 5; what ``latest`` names after each step. Ranks hear of it in the next
+    step."""
     go_on, seen, close = threading.Event(), [], TensorWriter.close
 
     def closing(self):
@@ -115,7 +116,8 @@ def _published_late(topology, corpus, root):
 
     TensorWriter.close = closing
     try:
-        return run(make_trainer(corpus, root, topology, after_step, checkpoint__interval=3)), seen
+        changes = {"checkpoint__interval": 3, "train__num_steps": STEPS + 1}
+        return run(make_trainer(corpus, root, topology, after_step, **changes)), seen
     finally:
         TensorWriter.close = close
 
@@ -165,7 +167,7 @@ def test_it_counts_when_every_rank_has_written(two):
     _, results = two
     for _, (code, seen), _ in results:
         assert code == EXIT_OK
-        assert seen == [None] * 5 + ["step_00000003"], "while one rank writes there is no checkpoint"
+        assert seen == [None] * 6 + ["step_00000003"], "while one rank writes there is no checkpoint"
 
 
 def test_a_failing_writer_is_said_on_every_rank(two):

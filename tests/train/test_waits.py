@@ -46,3 +46,24 @@ def alone(corpus):
 def test_a_step_waits_once(alone, case):
     """For loss, forward time and norm together. Who adds a wait knows why, and writes it into docs/performance.md."""
     assert alone[case] == {READING: 1}
+
+
+def _two_ranks(topology, corpus, stage):
+    """Of a step: waits by call site; and what the ranks have heard of rank 1's flags."""
+    config = tiny_config(corpus, parallel__zero_stage=stage, data__document_mask=False, data__reset_positions=False)
+    engine, loader = make_engine(config, topology), step_loader(config, topology)
+    engine.flags = lambda: (topology.rank == 1, False)
+    take_steps(engine, loader, config, 1, 2)
+    with HostWaits() as waits:
+        take_steps(engine, loader, config, 3, 3)
+    loader.close()
+    return {site: count for site, count in waits.sites.items() if site not in ON_THE_HOST}, engine.flagged
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_of_two_ranks_it_waits_once_too(corpus, stage):
+    """Targets are counted on the device; flags come with the losses. What DeepSpeed reads is not in this (ZeRO 0 to 2
+    read nothing); collectives that nothing is read from do not hold up the host of a GPU."""
+    for waits, flagged in run_ranks(_two_ranks, 2, corpus, stage):
+        assert waits == {READING: 1}
+        assert flagged == [True, False]
