@@ -10,7 +10,6 @@ documents: under a boolean mask T × T, and by the bounds of documents.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -23,7 +22,17 @@ from paired import HEADER, measure, ratio, seconds
 from torch import Tensor
 
 from megameta.model import cross_entropy_sum
-from megameta.model.attention import Documents, Mask, attend_flash, attend_sdpa, find_runs, has_varlen
+from megameta.model.attention import (
+    FLASH,
+    Documents,
+    Mask,
+    attend_flash,
+    attend_sdpa,
+    find_flash,
+    find_runs,
+    has_varlen,
+    load_flash,
+)
 from megameta.model.gpt import make_logits
 from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.train.compile import compile_loss, missing_compiler
@@ -85,8 +94,8 @@ class Kernels:
         """Attention of a micro-batch of 16 sequences."""
         q, k, v = self._rows(16, self.shape["length"])
         sides: Sides = {"attention, torch's": lambda: attend_sdpa(q, k, v, Mask()).sum()}
-        if self.device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-            sides["attention, flash-attn's"] = lambda: attend_flash(q, k, v, Mask()).sum()
+        if self.device == "cuda" and (module := find_flash()) is not None:
+            sides[f"attention, {FLASH[module]}"] = lambda: attend_flash(load_flash(module), q, k, v, Mask()).sum()
         return sides
 
     def documents(self, length: int) -> Sides:
@@ -101,8 +110,8 @@ class Kernels:
         if batch * length**2 <= MOST_BYTES:
             allowed_BTS = Documents(document_BT).allowed_BTS
             sides[f"T {length}, by a mask"] = lambda: attend_sdpa(q, k, v, Mask(explicit_BTS=allowed_BTS)).sum()
-        if self.device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-            sides[f"T {length}, flash-attn's"] = lambda: attend_flash(q, k, v, by_bounds).sum()
+        if self.device == "cuda" and (module := find_flash()) is not None:
+            sides[f"T {length}, {FLASH[module]}"] = lambda: attend_flash(load_flash(module), q, k, v, by_bounds).sum()
         return sides
 
     def _rows(self, batch: int, length: int) -> list[Tensor]:

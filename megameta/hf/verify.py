@@ -19,7 +19,7 @@ from megameta.hf.shards import as_exported, cast, open_shards
 from megameta.hf.stream import LayerWeights
 from megameta.model import GPT, ModelConfig
 from megameta.model.context import make_context
-from megameta.model.shapes import on_meta_device
+from megameta.model.shapes import on_meta_device, without_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +117,7 @@ def _reference_logits(config: ModelConfig, tensors: Mapping[str, Tensor], token_
     """Logits of the training model (``GPT``), one layer in memory at a time."""
     weights = LayerWeights(tensors.__getitem__)
     with on_meta_device():
-        model = GPT(config, vocab_multiple=1).eval()
+        model = GPT(without_kernels(config), vocab_multiple=1).eval()
     context = make_context(config, token_BT)
     with weights.filled(model.embedding, "embedding"):
         x_BTD = model.embedding(token_BT, context)

@@ -7,8 +7,9 @@ follow from the projections' widths, so that a tensor-parallel shard of the proj
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import NamedTuple
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,16 @@ BY_DOCUMENT = 2048
 #: Code that torch.compile makes is made anew for each number of runs and each bound of their length, so both are powers
 #: of two, from these on.
 FEWEST_RUNS, SHORTEST_BOUND = 256, 1024
+
+
+#: flash-attn's packages by module, and which of them to take by a GPU's compute capability, the first that is there: 3
+#: is made for Hopper; 4 for Blackwell, and younger elsewhere; on others there is 2.
+FLASH = {"flash_attn": "flash-attn 2", "flash_attn_interface": "flash-attn 3", "flash_attn.cute": "flash-attn 4"}
+FLASH_ON = {
+    9: ("flash_attn_interface", "flash_attn", "flash_attn.cute"),
+    10: ("flash_attn.cute", "flash_attn"),
+    11: ("flash_attn.cute", "flash_attn"),
+}
 
 
 class Runs(NamedTuple):
@@ -169,40 +180,78 @@ def _attend_by_document(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, runs: Ru
     return torch.cat(out)
 
 
-def attend_flash(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
-    """flash-attn 2: causal, causal within documents (varlen), or all rows; other masks and dtypes fall to sdpa."""
+class FlashKernels(NamedTuple):
+    """The two functions of a flash-attn package. (Not the package: a model that holds one could not be copied.)"""
+
+    dense: Callable[..., Any]
+    varlen: Callable[..., Any]
+
+
+def load_flash(module: str) -> FlashKernels:
+    """Of a package in ``FLASH``.
+
+    Raises:
+        ImportError: with the remedy.
+    """
+    try:
+        package = importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{FLASH[module]} is installed but does not load ({error}): install one that is built for torch"
+            f" {torch.__version__}, or set model.attention_backend=sdpa"
+        ) from error
+    return FlashKernels(package.flash_attn_func, package.flash_attn_varlen_func)
+
+
+def attend_flash(kernels: FlashKernels, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
+    """flash-attn: causal, causal within documents (varlen), or all rows; other masks and dtypes fall to sdpa."""
     if q_BHTK.dtype not in HALVES or mask.explicit_BTS is not None:
         return attend_sdpa(q_BHTK, k_BGSK, v_BGSK, mask)
-    try:  # inside a try, because transformers refuses remote code whose other imports cannot all be satisfied
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
-    except ImportError as error:
-        raise ImportError(f"flash-attn is installed but does not load: {error}") from error
-
     q, k, v = (x.transpose(1, 2) for x in (q_BHTK, k_BGSK, v_BGSK))
-    # Its backward pass adds up in any order otherwise; it does not ask torch.
-    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    options: dict[str, Any] = {"causal": mask.causal}
+    if torch.are_deterministic_algorithms_enabled():  # it does not ask torch, and would add up in any order
+        options["deterministic"] = True
     if mask.documents is None:
-        return flash_attn_func(q, k, v, causal=mask.causal, **options).transpose(1, 2)
-    bounds, longest = mask.documents.runs
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=True, **options)
+        out = kernels.dense(q, k, v, **options)
+    else:
+        bounds, longest = mask.documents.runs
+        options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        out = kernels.varlen(*(x.flatten(0, 1) for x in (q, k, v)), **options)
+    out = out[0] if isinstance(out, tuple) else out  # with the logarithms of sums
     return out.view(q.shape).transpose(1, 2)
+
+
+def find_flash() -> str | None:
+    """The module of the flash-attn package to be used on this machine's GPU: of those that are installed the one that
+    is made for it. None: none is. Nothing is imported."""
+    installed = []
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        installed.append("flash_attn_interface")
+    package = importlib.util.find_spec("flash_attn")
+    if package is not None:
+        # Version 4 puts itself into the folder of version 2, whether that is there or not.
+        installed += ["flash_attn"] if package.origin is not None else []
+        folders = package.submodule_search_locations or []
+        installed += ["flash_attn.cute"] if any(Path(folder, "cute").is_dir() for folder in folders) else []
+    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    wanted = FLASH_ON.get(capability, ("flash_attn",))
+    return next((module for module in wanted if module in installed), None)
 
 
 def choose_attention(backend: str) -> tuple[str, Attend]:
     """The kernel by name; ``auto`` picks. Returns its name too, for the log.
 
     Raises:
-        ImportError: flash is asked for and missing.
+        ImportError: flash is asked for and missing, or does not load.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if backend == "flash" and not has_flash:
+    module = find_flash() if backend != "sdpa" else None
+    if backend == "flash" and module is None:
         raise ImportError(
-            "model.attention_backend is flash, but flash-attn is not installed:"
+            "model.attention_backend is flash, but no flash-attn for this machine's GPU is installed:"
             " pip install flash-attn --no-build-isolation, or set model.attention_backend=sdpa"
         )
-    if backend == "flash" or (backend == "auto" and has_flash and torch.cuda.is_available()):
-        return "flash", attend_flash
+    if module is not None and (backend == "flash" or torch.cuda.is_available()):
+        return FLASH[module], partial(attend_flash, load_flash(module))
     return "sdpa", attend_sdpa
 
 

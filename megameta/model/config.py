@@ -79,7 +79,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights (GPT-2)."""
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
-    """Attention kernel. auto: flash-attn on a GPU where it is installed, else torch's sdpa."""
+    """Attention kernel. auto: flash-attn (2, 3 or 4) on a GPU where it is installed, else torch's sdpa."""
 
     def __post_init__(self) -> None:
         self._check_scaling()

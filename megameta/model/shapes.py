@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,12 @@ def on_meta_device() -> Iterator[None]:
         yield
 
 
+def without_kernels(config: ModelConfig) -> ModelConfig:
+    """The same model where only its shapes are asked for: on a machine without flash-attn, too."""
+    return replace(config, attention_backend="sdpa")
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by canonical name, in the model's order, without the rows that pad the vocabulary."""
     with on_meta_device():
-        return {name: tuple(p.shape) for name, p in GPT(config, vocab_multiple=1).named_parameters()}
+        return {name: tuple(p.shape) for name, p in GPT(without_kernels(config), vocab_multiple=1).named_parameters()}

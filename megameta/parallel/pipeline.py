@@ -9,6 +9,7 @@ a pipeline.
 import contextlib
 import io
 import itertools
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megameta.model import Block, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
+from megameta.model import Block, DocumentRuns, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
 from megameta.model.flops import block_flops, head_flops
 from megameta.model.gpt import run_blocks
 from megameta.model.loss import IGNORE_INDEX
-from megameta.model.shapes import on_meta_device
+from megameta.model.shapes import on_meta_device, without_kernels
 from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
 from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
@@ -31,6 +32,7 @@ from megameta.parallel.topology import Topology
 
 def part_costs(config: ModelConfig, balance: str, length: int, num_meta: int) -> list[float]:
     """What embedding, blocks and head cost, to be balanced over stages: "parameters", or "time" (model flops)."""
+    config = without_kernels(config)
     width, has_meta = config.hidden_size, [config.layer_has_meta(layer) for layer in range(config.num_layers)]
     if balance == "time":
         flops = {kind: block_flops(config, length, num_meta, has_meta=kind) for kind in {*has_meta}}
@@ -87,6 +89,8 @@ class Stage(nn.Module):
         self.activation_checkpointing = False
         self.num_meta_columns: int | None = None
         """M of the batches to come, where it is known."""
+        self.document_runs: deque[DocumentRuns | None] = deque()
+        """Of the batches to come, one each, on this stage's device; empty: not known."""
         self.tensor_parallel: TensorParallel | None = None
         self.fuses_loss = False
         """Whether the last stage hands the loss what logits are made of."""
@@ -113,6 +117,7 @@ class Stage(nn.Module):
             position_BT=position_BT,
             document_BT=document_BT,
             num_meta_columns=self.num_meta_columns,
+            document_runs=self.document_runs.popleft() if self.document_runs else None,
         )
         context = shard_context(context, self.tensor_parallel)
         if x_BTD is None:

@@ -7,7 +7,7 @@ from megameta.config import RunConfig, assume
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
-from megameta.model.shapes import on_meta_device
+from megameta.model.shapes import on_meta_device, without_kernels
 from megameta.parallel.estimate import StageEstimate, estimate
 from megameta.parallel.layout import Layout, zero_stage
 from megameta.parallel.traffic import GROUPS, by_group
@@ -43,7 +43,7 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
 def describe(config: RunConfig, world_size: int) -> list[str]:
     """The run in a few lines."""
     with on_meta_device():
-        model = GPT(config.model)
+        model = GPT(without_kernels(config.model))
     parameters = sum(p.numel() for p in model.parameters())
     data, train = config.data, config.train
     ranks = data_parallel_size(config, world_size)

@@ -1,6 +1,7 @@
 """Pipeline stages under DeepSpeed: the same small interface as ``Engine``, with 1F1B schedules inside."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,8 +69,12 @@ class PipelineEngine(Engine):
         return total, counts
 
     def _expect(self, batches: Sequence[Batch]) -> None:
-        """Buffers between stages have the shape of the batches to come."""
+        """What a stage has to know of the batches to come. Buffers between stages have their shape; each stage passes
+        through them in order."""
         self.stage.num_meta_columns = batches[0].num_meta_columns
+        # Found on the host when the batch was read: from a device's tensors they would be two waits a micro-batch.
+        runs = [batch.to(self.topology.device).document_runs for batch in batches]
+        self.stage.document_runs = deque(runs if all(found is not None for found in runs) else [])
         shape = batches[0].token_BT.shape
         if getattr(self, "_shape", shape) != shape:
             self.engine.reset_activation_shape()

@@ -1,5 +1,6 @@
 """From a configuration to the model of a rank and its first weights."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -68,7 +69,7 @@ def build_part(
     """What this rank runs of the model, on the CPU: all of it or a pipeline stage, with whole or sharded layers. Each
     parameter is drawn in full from a seed of its name, or read, and then sliced; a lazy mapping is read in slices."""
     size = tp.size if tp is not None else 1
-    with on_meta_device():
+    with on_meta_device(), _missing_kernels_named():
         model: GPT | Stage
         if topology.pipeline_parallel_size > 1:
             data = config.data
@@ -95,6 +96,14 @@ def build_part(
         prepare_parameters(model, tp)
     model.activation_checkpointing = config.train.activation_checkpointing
     return model
+
+
+@contextlib.contextmanager
+def _missing_kernels_named() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:  # flash-attn's; its message has the remedy
+        raise UserError(str(error)) from error
 
 
 class DrawnWeights(Mapping[str, Tensor]):

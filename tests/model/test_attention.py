@@ -1,11 +1,13 @@
 """Kernels: the choice between them, varlen bounds, and flash-attn's calling convention (with a stand-in on a CPU)."""
 
+import copy
 import importlib.machinery
 import importlib.util
 import math
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megameta.model import DecodingCache, Documents, Mask, attention
-from megameta.model.attention import attend_flash, attend_sdpa, choose_attention, find_runs, has_varlen
+from megameta.model.attention import attend_sdpa, choose_attention, find_flash, find_runs, has_varlen
 from tests.support.models import (
     LENGTH,
     assert_close,
@@ -30,12 +32,16 @@ from tests.support.models import (
 )
 
 
-class FakeFlash(types.ModuleType):
-    """flash-attn 2's two functions by their documented contract, in float64, noting each call."""
+def attend_flash(*rows: Any, module: str = "flash_attn") -> Tensor:
+    return attention.attend_flash(attention.load_flash(module), *rows)
 
-    def __init__(self) -> None:
-        super().__init__("flash_attn")
-        self.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+
+class FakeFlash(types.ModuleType):
+    """flash-attn's two functions by their documented contract, in float64, noting each call."""
+
+    def __init__(self, name: str = "flash_attn") -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="a file")
         self.calls: list[str] = []
 
     def flash_attn_func(
@@ -114,6 +120,73 @@ def test_flash_equals_sdpa(kind: str, kv_heads: int, flash: FakeFlash) -> None:
     assert_close(out, expected, 1e-2, kind)
 
 
+@pytest.mark.parametrize("module", attention.FLASH)
+def test_every_flash_equals_sdpa(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 4 returns the logarithms of sums, too, and has other arguments in between."""
+    flash = FakeFlash(module)
+    if module == "flash_attn.cute":
+        for name in ("flash_attn_func", "flash_attn_varlen_func"):
+            function = getattr(flash, name)
+            monkeypatch.setattr(flash, name, lambda q, k, v, *, f=function, **options: (f(q, k, v, **options), None))
+    monkeypatch.setitem(sys.modules, module, flash)
+    q, k, v = qkv(2)
+    for mask in (Mask(causal=True), Mask(causal=False), document_mask(make_documents("packed"))):
+        expected = attend_sdpa(q.double(), k.double(), v.double(), mask)
+        assert_close(attend_flash(q, k, v, mask, module=module), expected, 1e-2, module)
+    assert flash.calls == ["causal", "full", "varlen"]
+
+
+def test_a_flash_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_flash", lambda: "flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # an import of it fails
+    with pytest.raises(
+        ImportError, match=r"flash-attn 3 is installed but does not load .*set model.attention_backend=sdpa"
+    ):
+        small_model(small_config(attention_backend="flash"))
+
+
+def test_a_model_with_flash_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None, origin="a file")
+    module.flash_attn_func = module.flash_attn_varlen_func = small_model  # a function, as the package has
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    model = small_model(small_config(attention_backend="flash"))
+    assert copy.deepcopy(model).blocks[0].attention.name == "flash-attn 2"
+
+
+@pytest.mark.parametrize(
+    ("files", "by_capability"),
+    [
+        ([], {}),
+        (["flash_attn/__init__.py"], dict.fromkeys((8, 9, 10, 11, 12, None), "flash_attn")),
+        (["flash_attn_interface.py"], {9: "flash_attn_interface"}),
+        # Version 4 alone: the folder is there, and version 2 is not.
+        (["flash_attn/cute/__init__.py"], dict.fromkeys((9, 10, 11), "flash_attn.cute")),
+        (
+            ["flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn_interface.py"],
+            {
+                **dict.fromkeys((8, 12, None), "flash_attn"),
+                9: "flash_attn_interface",
+                **dict.fromkeys((10, 11), "flash_attn.cute"),
+            },
+        ),
+    ],
+)
+def test_which_flash_is_taken(
+    files: list[str], by_capability: dict[int | None, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
+        pytest.skip("flash-attn is installed, and would be found beside the test's")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for capability in (8, 9, 10, 11, 12, None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=capability is not None: there)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=capability: (major, 0))
+        assert find_flash() == by_capability.get(capability), capability
+
+
 def test_flash_is_told_to_be_deterministic(flash: FakeFlash) -> None:
     torch.use_deterministic_algorithms(True)
     try:
@@ -180,7 +253,8 @@ def test_flash_in_the_model(documents: str, flash: FakeFlash) -> None:
     errors = {}
     for backend in ("sdpa", "flash"):
         model = small_model(small_config(num_key_value_heads=2, attention_backend=backend), torch.bfloat16)
-        assert model.blocks[0].attention.name == model.blocks[0].meta_attention.name == backend
+        name = {"sdpa": "sdpa", "flash": "flash-attn 2"}[backend]
+        assert model.blocks[0].attention.name == model.blocks[0].meta_attention.name == name
         logits = model(token, **given_)
         logits.float().square().mean().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -287,11 +361,12 @@ def test_nothing_is_as_large_as_rows_times_rows_where_nothing_reads_it() -> None
 
 
 def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_attention("flash") == ("flash", attend_flash)
+    assert choose_attention("flash")[0] == "flash-attn 2"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_attention("auto") == ("sdpa", attend_sdpa)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_attention("auto") == ("flash", attend_flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert choose_attention("auto")[0] == "flash-attn 2"
     assert choose_attention("sdpa") == ("sdpa", attend_sdpa)
 
 
@@ -302,7 +377,7 @@ def test_auto_takes_flash_only_with_a_gpu(flash: FakeFlash, monkeypatch: pytest.
 def test_real_kernels_equal_a_mask(kernel: str, kind: str, kv_heads: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: attention kernels are compared on a GPU only")
-    if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+    if kernel == "flash-attn" and find_flash() is None:
         pytest.skip("flash-attn is not installed: pip install flash-attn --no-build-isolation")
     if kernel != "flash-attn" and kind != "causal" and not has_varlen():
         pytest.skip("torch has no varlen_attn here: torch 2.11 and compute capability 8 are needed")
@@ -312,7 +387,7 @@ def test_real_kernels_equal_a_mask(kernel: str, kind: str, kv_heads: int) -> Non
     document = None if kind == "causal" else make_documents(kind).cuda()
     mask = Mask(causal=True) if document is None else Mask(documents=Documents(document, has_varlen=has_varlen()))
     results = []
-    attend_halves = attend_flash if kernel == "flash-attn" else attend_sdpa
+    attend_halves = choose_attention("flash" if kernel == "flash-attn" else "sdpa")[1]
     for attend, dtype in ((attend_halves, torch.bfloat16), (attend_sdpa, torch.float64)):
         leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
         out = attend(*leaves, mask)

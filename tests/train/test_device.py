@@ -1,17 +1,22 @@
-"""The device of a run decides, whatever the environment says."""
+"""The device of a run decides, whatever the environment says; and what is missing for it is said."""
 
+import importlib.util
 import sys
 
 import pytest
 import yaml
 
 from megameta.errors import UserError
+from megameta.model.shapes import parameter_shapes
+from megameta.parallel.pipeline import stage_bounds
 from megameta.parallel.topology import Topology
+from megameta.train.check import describe
 from megameta.train.engine import deepspeed_environment, import_deepspeed
+from megameta.train.setup import build_model
 from tests.support.commands import plain_environment, true_process
 from tests.support.ranks import run_ranks
 from tests.support.runs import last_step
-from tests.support.training import tiny_values
+from tests.support.training import tiny_config, tiny_values
 
 
 @pytest.mark.parametrize(
@@ -45,3 +50,15 @@ def _another_device(topology):
 
 def test_one_kind_of_device_a_process():
     assert "in a process of its own" in run_ranks(_another_device, 1)[0]
+
+
+def test_a_kernel_that_is_missing_is_one_message(corpus):
+    """Only where it would run: shapes, costs of stages and the check of a configuration need none."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed here")
+    config = tiny_config(corpus, model__attention_backend="flash")
+    with pytest.raises(UserError, match="no flash-attn for this machine's GPU is installed: pip install"):
+        build_model(config)
+    assert parameter_shapes(config.model)
+    assert stage_bounds(config.model, 2)
+    assert describe(config, 1)

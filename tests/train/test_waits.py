@@ -1,7 +1,12 @@
 """How often a step's host waits for the device: counted on a CPU (tests/support/host_waits.py)."""
 
+import dataclasses
+from unittest import mock
+
 import pytest
 
+from megameta.model import find_document_runs
+from megameta.parallel import pipeline
 from megameta.train.pipeline_engine import make_engine
 from tests.support.host_waits import HostWaits
 from tests.support.ranks import run_ranks
@@ -67,3 +72,38 @@ def test_of_two_ranks_it_waits_once_too(corpus, stage):
     for waits, flagged in run_ranks(_two_ranks, 2, corpus, stage):
         assert waits == {READING: 1}
         assert flagged == [True, False]
+
+
+def _stage_runs(topology, corpus):
+    """What a pipeline's stages are told of documents, in two steps and an evaluation, and what they were to be told."""
+    topology = dataclasses.replace(topology, pipeline_parallel_size=2)
+    config = tiny_config(corpus, parallel__pipeline_parallel_size=2, data__document_mask=True)
+    engine, loader = make_engine(config, topology), step_loader(config, topology)
+    told, found, make, read = [], [], pipeline.make_context, loader.read
+    # As from page-locked memory, for which a loader finds the runs.
+    loader.read = lambda *numbers: [batch.with_runs(config.model.meta_token_id) for batch in read(*numbers)]
+
+    def noting(model, token_BT, **given):
+        told.append(given["document_runs"])
+        found.append(find_document_runs(token_BT, given["document_BT"], model.meta_token_id, given["num_meta_columns"]))
+        return make(model, token_BT, **given)
+
+    with mock.patch.object(pipeline, "make_context", noting):
+        take_steps(engine, loader, config, 1, 2)
+        batches = loader.read(2, 3)
+        engine.evaluate(iter(batches[:3]), None)
+    loader.close()
+    engine.destroy()
+    return [(_numbers(one), _numbers(other)) for one, other in zip(told, found, strict=True)]
+
+
+def _numbers(runs):
+    return runs and [(part.bounds_N.tolist(), part.longest) for part in (runs.rows, runs.meta)]
+
+
+def test_stages_are_told_the_runs_of_documents(corpus):
+    """From a device's tensors each would be a wait a micro-batch and stage."""
+    for report in run_ranks(_stage_runs, 2, corpus):
+        assert len(report) == 2 * 4 + 3, "micro-batches"
+        assert all(told == found for told, found in report)
+        assert len({str(told) for told, _ in report}) > 8, "they are all alike: order does not show"
