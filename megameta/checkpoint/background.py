@@ -4,8 +4,7 @@
                      to host memory, sends it to the ranks that write it, and writes what is this rank's to write
     wait_for_copies  before weights and moments change again: a forward and a backward pass later, so that there is
                      seldom anything to wait for
-    is_writing       whether this rank's thread is at work; the trainer asks all ranks, in a collective that it makes
-                     anyway
+    is_writing       whether this rank's thread is at work; ranks tell each other with the losses of each step
     complete         collective: waits for the threads, then the small files and the name, as in a save without threads
 
 On a GPU the thread's copies queue up with the training's kernels. What threads send goes from host memory to host
