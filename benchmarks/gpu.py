@@ -53,8 +53,20 @@ def script(name: str, *words: str) -> tuple[str, ...]:
     return (f"benchmarks/{name}.py", *words, "--json", "{json}")
 
 
-GPU_TESTS = ("tests/train/test_gpu.py", "tests/model/test_attention.py")
-TESTS = ("-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", "{scratch}/tests")
+GPU_TESTS = ("tests/train/test_gpu.py", "tests/model/test_gpu_kernels.py")
+TESTS = (
+    "-m",
+    "pytest",
+    "-v",
+    "--tb=line",
+    "--continue-on-collection-errors",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "--basetemp",
+    "{scratch}/tests",
+)
 CUDA = ("--device", "cuda")
 PARTS = (
     Part("machine", 25, script("machine", *CUDA), script("machine")),

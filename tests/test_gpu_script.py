@@ -73,6 +73,32 @@ def test_nothing_runs_where_something_is_missing(tmp_path):
     assert "--wheels" in line and not (tmp_path / "out").exists()
 
 
+#: Runs pytest as in a Python without what its users seldom install.
+BARE = """
+import sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+HIDDEN = {"hypothesis", "datasets", "dill", "zstandard", "lm_eval", "rensa", "py3langid"}
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+import pytest
+options = ["-q", "--collect-only", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
+"""
+
+
+def test_gpu_tests_need_what_is_looked_for():
+    """One that does not import would keep all of them from running."""
+    marked = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text())
+    done = true_process(sys.executable, "-c", BARE, *marked)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout + done.stderr
+    code = "print(*names['GPU_TESTS'])"
+    listed = true_process(sys.executable, "-c", HIDING + code, ROOT / "benchmarks" / "gpu.py", "")
+    assert sorted(ROOT / name for name in listed.stdout.split()) == marked
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 #: Writes a result, starts a process that outlives it, and goes on for good.
