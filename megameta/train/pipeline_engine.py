@@ -39,9 +39,8 @@ class PipelineEngine(Engine):
 
         # The schedule ends with the update, which here waits until every rank's loss is known to be finite.
         self.engine._INSTRUCTION_MAP = {**type(self.engine)._INSTRUCTION_MAP, OptimizerStep: lambda _engine: None}
-        self._expect(batches)
         self.loss.scale = scale
-        self.engine.train_batch(_items(batches, self.topology.device))
+        self.engine.train_batch(_items(self._expect(batches)))
         self.engine.timers("train_batch").reset()  # would keep two CUDA events a step
         return self._take_sums()
 
@@ -59,8 +58,7 @@ class PipelineEngine(Engine):
         counts = [0] * (3 + num_groups)
         self.loss.scoring, self.loss.num_groups = True, num_groups
         for chunk in _like_shapes(batches):
-            self._expect(chunk)
-            items = _items(chunk, self.topology.device)
+            items = _items(self._expect(chunk))
             self.engine.eval_batch(items, reduce_output=None, bcast_loss=False, num_micro_batches=len(chunk))
             total += self._take_sums()
             for batch in chunk:
@@ -68,17 +66,19 @@ class PipelineEngine(Engine):
         self.loss.scoring = False
         return total, counts
 
-    def _expect(self, batches: Sequence[Batch]) -> None:
-        """What a stage has to know of the batches to come. Buffers between stages have their shape; each stage passes
-        through them in order."""
+    def _expect(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches to come, on the device, and their stage prepared for them: it passes through them in order, and
+        buffers between stages have their shape."""
+        there = [batch.to(self.topology.device) for batch in batches]
         self.stage.num_meta_columns = batches[0].num_meta_columns
         # Found on the host when the batch was read: from a device's tensors they would be two waits a micro-batch.
-        runs = [batch.to(self.topology.device).document_runs for batch in batches]
+        runs = [batch.document_runs for batch in there]
         self.stage.document_runs = deque(runs if all(found is not None for found in runs) else [])
         shape = batches[0].token_BT.shape
         if getattr(self, "_shape", shape) != shape:
             self.engine.reset_activation_shape()
         self._shape = shape
+        return there
 
     def _take_sums(self) -> Tensor:
         """Sum of the micro-batches' losses since the last call; 0 on all stages but the last."""
@@ -93,16 +93,15 @@ def _like_shapes(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
             yield chunk
 
 
-def _items(batches: Sequence[Batch], device: str) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+def _items(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
     """What DeepSpeed's schedules read: the first stage takes the inputs, the last one the labels, with their groups.
 
-    On the device already: DeepSpeed clones inputs before it copies them there, and a clone of page-locked memory is
-    pageable, so that the host would wait for every copy.
+    Of batches on the device already: DeepSpeed clones inputs before it copies them there, and a clone of page-locked
+    memory is pageable, so that the host would wait for every copy.
     """
     for batch in batches:
-        there = batch.to(device)
-        label = there.label_BT if there.group_BT is None else (there.label_BT, there.group_BT)
-        yield pack_rows(there.token_BT, there.document_BT, there.position_BT), label
+        label = batch.label_BT if batch.group_BT is None else (batch.label_BT, batch.group_BT)
+        yield pack_rows(batch.token_BT, batch.document_BT, batch.position_BT), label
 
 
 def make_engine(config: RunConfig, topology: Topology, weights: Mapping[str, Tensor] | None = None) -> Engine:

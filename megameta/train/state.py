@@ -118,6 +118,14 @@ class EngineState:
     def holders(self, entry: StateEntry) -> dict[int, int]:
         """How many elements each rank has to give of an entry; ranks that need not give any are left out. Collective
         over all ranks at the first call."""
+        return self._holders[entry]
+
+    @cached_property
+    def _holders(self) -> dict[StateEntry, dict[int, int]]:
+        # Once: every save asks for all of them before training goes on, and there may be many ranks.
+        return {entry: self._holders_of(entry) for entry in self.entries}
+
+    def _holders_of(self, entry: StateEntry) -> dict[int, int]:
         name, _ = _name_and_key(entry)
         owner, t = replace(self.topology, rank=entry.owner), self.topology
         shards = range(t.tensor_parallel_size) if self._is_sharded(name) else [owner.tensor_parallel_rank]
