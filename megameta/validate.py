@@ -228,8 +228,7 @@ def _pipeline(config: RunConfig) -> list[str]:
 
 def _async_save(config: RunConfig) -> list[str]:
     """Threads copy what is in memory; what is offloaded further, DeepSpeed brings in for the calling thread alone."""
-    zero = config.deepspeed.get("zero_optimization")
-    places = {key: zero.get(key) for key in ("offload_optimizer", "offload_param")} if isinstance(zero, dict) else {}
+    places = {key: config.zero_options.get(key) for key in ("offload_optimizer", "offload_param")}
     on_disk = [key for key, place in places.items() if isinstance(place, dict) and place.get("device") == "nvme"]
     if not config.checkpoint.async_save or not on_disk:
         return []

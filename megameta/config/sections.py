@@ -323,6 +323,12 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed; may not contradict what is derived from the other sections."""
 
+    @property
+    def zero_options(self) -> dict[str, Any]:
+        """DeepSpeed's zero_optimization as passed through; what is no section there is refused elsewhere."""
+        own = self.deepspeed.get("zero_optimization")
+        return own if isinstance(own, dict) else {}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by section, as YAML and JSON hold them."""
         return json.loads(self.model_dump_json())

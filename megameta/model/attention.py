@@ -244,13 +244,14 @@ def choose_attention(backend: str) -> tuple[str, Attend]:
     Raises:
         ImportError: flash is asked for and missing, or does not load.
     """
-    module = find_flash() if backend != "sdpa" else None
+    wants_flash = backend == "flash" or (backend == "auto" and torch.cuda.is_available())
+    module = find_flash() if wants_flash else None
     if backend == "flash" and module is None:
         raise ImportError(
             "model.attention_backend is flash, but no flash-attn for this machine's GPU is installed:"
             " pip install flash-attn --no-build-isolation, or set model.attention_backend=sdpa"
         )
-    if module is not None and (backend == "flash" or torch.cuda.is_available()):
+    if module is not None:
         return FLASH[module], partial(attend_flash, load_flash(module))
     return "sdpa", attend_sdpa
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megameta.config import RunConfig
+from megameta.config import RunConfig, device_of
 from megameta.parallel.activations import Activations, Widths, activations
 from megameta.parallel.layout import (
     REDUCE_BUCKET,
@@ -116,11 +116,8 @@ def _workspace(
     zero, (num_blocks, num_branches, last) = layout.zero_stage, blocks
     width = Widths.of(config.train.precision, zero).weight
     bucket = width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET) if zero > 0 else 0.0
-    device_type = "cpu" if config.run.device == "cpu" else "cuda"
-    count = int(gradients / width)
-    if overlaps_reduction(
-        config, device_type, zero_stage=zero, pipeline=layout.pipeline, data=layout.data, num_parameters=count
-    ):
+    ranks = {"pipeline": layout.pipeline, "data": layout.data}
+    if overlaps_reduction(config, device_of(config), zero_stage=zero, **ranks, num_parameters=int(gradients / width)):
         bucket *= 2
     reduced = min(gradients, width * zero_option(config, "reduce_bucket_size", REDUCE_BUCKET))
     stays = zero == 3 or (zero == 1 and layout.accumulation > 1)

@@ -6,7 +6,6 @@ Letters: D model width, F feed-forward width, K head width, P padded vocabulary.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
@@ -98,19 +97,13 @@ def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
     if config.parallel.zero_stage is not None:
         return config.parallel.zero_stage
     shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
-    asked = "data_types" in config.deepspeed or not NEED_ZERO.isdisjoint(zero_options(config))
+    asked = "data_types" in config.deepspeed or not NEED_ZERO.isdisjoint(config.zero_options)
     return int(shared or config.train.precision == "fp16" or asked)
 
 
-def zero_options(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's zero_optimization, from the pass-through section; what is no section there is refused elsewhere."""
-    own = config.deepspeed.get("zero_optimization")
-    return own if isinstance(own, dict) else {}
-
-
 def zero_option(config: RunConfig, name: str, default: float) -> float:
-    """A number among them."""
-    return float(zero_options(config).get(name, default))
+    """A number of DeepSpeed's zero_optimization section."""
+    return float(config.zero_options.get(name, default))
 
 
 def overlaps_reduction(
@@ -127,7 +120,7 @@ def overlaps_reduction(
     """
     if zero_stage not in (1, 2) or pipeline > 1:
         return False
-    chosen = zero_options(config).get("overlap_comm")
+    chosen = config.zero_options.get("overlap_comm")
     if chosen is not None:
         return bool(chosen)
     fills_more = num_parameters > zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)

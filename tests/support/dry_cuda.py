@@ -78,6 +78,25 @@ def load(library: Path) -> None:
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
 
 
+def tensors(value: Any) -> list[Any]:
+    """All of an argument or a result."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def touched(x: Any) -> int:
+    """Bytes of a tensor's memory that are read or written; expanded dimensions once."""
+    size = x.element_size()
+    for length, stride in zip(x.shape, x.stride(), strict=True):
+        size *= length if stride else 1
+    return size
+
+
 def make_recorder() -> Any:
     """A dispatch mode that counts kernels and estimates their time."""
     import torch
@@ -87,19 +106,6 @@ def make_recorder() -> Any:
     free = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
     free |= {"detach", "alias", "lift_fresh"}
 
-    def tensors(value: Any) -> list[Any]:
-        if isinstance(value, torch.Tensor):
-            return [value]
-        if isinstance(value, dict):
-            value = list(value.values())
-        return [x for item in value for x in tensors(item)] if isinstance(value, (list, tuple)) else []
-
-    def touched(x: Any) -> int:
-        size = x.element_size()
-        for length, stride in zip(x.shape, x.stride(), strict=True):
-            size *= length if stride else 1  # expanded dimensions are read once
-        return size
-
     class Recorder(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
@@ -108,6 +114,11 @@ def make_recorder() -> Any:
             """Of the seconds, those of matrix products and attention."""
             self.names: set[str] = set()
             """Of the operations."""
+
+        def numbers(self) -> dict[str, Any]:
+            """What was seen so far, for JSON."""
+            found = {"kernels": self.kernels, "seconds": self.seconds, "copies": self.copies}
+            return {**found, "names": sorted(self.names)}
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -195,15 +206,7 @@ def run(model: dict[str, Any], batch: int, *, documents: bool, compiled: bool = 
             torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True)
         own = {id(p.untyped_storage()) for p in gpt.parameters()}
         kept_bytes = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    return {
-        "kernels": seen.kernels,
-        "seconds": seen.seconds,
-        "products": seen.products,
-        "kept": kept_bytes,
-        "copies": seen.copies,
-        "names": sorted(seen.names),
-        "graphs": graphs,
-    }
+    return {**seen.numbers(), "products": seen.products, "kept": kept_bytes, "graphs": graphs}
 
 
 def measure(model: dict[str, Any], batch: int, *, documents: bool) -> dict[str, Any]:
@@ -245,12 +248,7 @@ def run_loss(kind: str, rows: int, width: int, entries: int) -> dict[str, Any]:
                 how = compiled if kind == "compiled" else None
                 loss = fused_cross_entropy_sum(x_BTD, weight_PD[:entries], label_BT, compiled=how)
             torch.autograd.grad(loss, [x_BTD, weight_PD])
-    return {
-        "kernels": seen.kernels,
-        "seconds": seen.seconds,
-        "copies": seen.copies,
-        "names": sorted(seen.names),
-    }
+    return seen.numbers()
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
