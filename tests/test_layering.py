@@ -31,7 +31,7 @@ LAYERS: list[list[str]] = [
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for part in layer for name in part.split("+")}
 PART = {name: part for layer in LAYERS for part in layer for name in part.split("+")}
 #: May be imported by every part but model, and import no part themselves.
-SHARED = {"errors", "files", "html", "attempt", "intervals", "__init__"}
+SHARED = {"errors", "files", "html", "log", "statistics", "attempt", "__init__"}
 #: What model/ may import besides the standard library; flash_attn only inside a function, where it is installed.
 MODEL_NEEDS = {"torch", "flash_attn"}
 

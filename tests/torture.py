@@ -20,7 +20,7 @@ import deepspeed
 import torch
 
 from megameta.checkpoint import open_checkpoint
-from megameta.train.display import duration
+from megameta.log import duration
 from tests.support.damages import KINDS, damage_many, rewritten_by_one_process
 from tests.support.killed_run import KEEP, RANKS
 from tests.support.kills import TARGETS, Outcome, Plan, Torturer

@@ -27,7 +27,7 @@ from megameta.analysis.plots import BLACK, META, OTHER, TEXT, finish, line
 from megameta.analysis.registry import Options
 from megameta.analysis.subject import Subject
 from megameta.data.loader import Batch
-from megameta.intervals import wilson
+from megameta.statistics import wilson
 
 SECTION = "Meta-token cache"
 #: Windows as shares of the sequence.

@@ -27,7 +27,7 @@ from megameta.analysis.subject import Subject
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 from megameta.errors import UserError
-from megameta.intervals import half_width
+from megameta.statistics import half_width
 
 SECTION = "Rate and distortion"
 BETAS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)

@@ -16,9 +16,9 @@ from megameta.analysis.report import PAGE, check_output, write_report
 from megameta.commands.evaluate import load_source
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.log import duration
 from megameta.parallel.launch import pick_device
 from megameta.quickstart.facts import machine_facts
-from megameta.train.display import duration
 from megameta.validate import validate
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 from megameta.attempt import how_it_ended, newest_attempt, saved_step
 from megameta.errors import EXIT_OK, UserError
+from megameta.log import duration
 from megameta.parallel.slurm import ask, job_state
-from megameta.train.display import duration
 from megameta.train.heartbeat import DONE, FAILED, INTERVAL, STOPPED, read_heartbeat
 
 #: Seconds without a heartbeat after which a run counts as dead; shared file systems may show a file late.

@@ -11,7 +11,7 @@ from megameta.reproduce.arms import ARMS, COMPARISONS
 from megameta.reproduce.figures import COLOURS, draw_lines
 from megameta.reproduce.results import read_json
 from megameta.reproduce.runs import Experiment, step_count, training_flops
-from megameta.reproduce.statistics import half_width
+from megameta.statistics import half_width
 from megameta.train.metrics import read_metrics
 
 

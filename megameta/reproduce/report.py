@@ -10,7 +10,7 @@ from megameta.reproduce.arms import ARMS, COMPARISONS
 from megameta.reproduce.results import DURING, Scores
 from megameta.reproduce.runs import Experiment
 from megameta.reproduce.scale import Scale
-from megameta.reproduce.statistics import Estimate
+from megameta.statistics import Estimate
 from megameta.tasks.definitions import DIFFICULTIES
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megameta.errors import UserError
 from megameta.reproduce.runs import Cell, Experiment
-from megameta.reproduce.statistics import Estimate, accuracy_estimate, difference_estimate
+from megameta.statistics import Estimate, accuracy_estimate, difference_estimate
 from megameta.train.metrics import read_metrics
 
 #: Condition of the evaluations during training.

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from megameta.config import RunConfig
-from megameta.intervals import wilson
 from megameta.parallel.topology import Topology
+from megameta.statistics import wilson
 from megameta.tasks.definitions import DIFFICULTIES
 from megameta.tasks.finetune import TaskEvaluator, TaskResult
 from megameta.train.losses import LossModule, make_scores, sum_scores

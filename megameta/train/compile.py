@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.log import LOG
 from megameta.model import Block
 from megameta.parallel.fused_loss import loss_and_gradient
 from megameta.parallel.topology import Topology
-from megameta.train.display import LOG
 
 #: torch.compile's. Tests of layouts take one that needs no compiler.
 BACKEND = "inductor"

@@ -29,11 +29,12 @@ from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
+from megameta.log import LOG, duration
 from megameta.model import Attention
 from megameta.parallel.layout import zero_stage
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
-from megameta.train.display import LOG, StepDisplay, duration
+from megameta.train.display import StepDisplay
 from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
 from megameta.train.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
 from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops

@@ -16,8 +16,8 @@ from typing import Any
 
 from megameta.attempt import STUCK, SUPERSEDED, Attempt, Superseded
 from megameta.errors import EXIT_LOST
+from megameta.log import LOG
 from megameta.parallel.topology import Topology
-from megameta.train.display import LOG
 from megameta.train.heartbeat import INTERVAL, Heartbeat
 
 #: Seconds after its own stack in which a rank leaves the others time to write theirs.

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megameta.attempt import LOST, Attempt, saved_step
 from megameta.config import RunConfig
 from megameta.errors import EXIT_LOST, UserError
+from megameta.log import LOG, close_log, open_log
 from megameta.parallel.liveness import Liveness, gather_hosts, watch_nodes
 from megameta.parallel.topology import Topology
-from megameta.train.display import LOG, close_log, open_log
 from megameta.train.heartbeat import FAILED, Heartbeat, SlowRanks
 from megameta.train.monitor import Monitor
 from megameta.train.records import write_records

@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from megameta.config import RunConfig
 from megameta.errors import UserError
+from megameta.log import LOG
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.slurm import in_step
 from megameta.parallel.topology import Topology
-from megameta.train.display import LOG
 from megameta.train.metrics import measure_peak_flops
 from megameta.train.records import package_versions, source_digest
 

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
 from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, UserError
+from megameta.log import show_log
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, RunData
 from megameta.train.determinism import use_deterministic_kernels
-from megameta.train.display import show_log
 from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
 from megameta.train.place import RunPlace, open_run

@@ -12,6 +12,7 @@ from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig, settle
 from megameta.config.automatic import BF16_CAPABILITY, is_settled
 from megameta.errors import UserError
+from megameta.log import LOG
 from megameta.model import GPT, ModelConfig
 from megameta.model.init import draw_parameter
 from megameta.model.shapes import on_meta_device, parameter_shapes
@@ -20,7 +21,6 @@ from megameta.parallel.pipeline import Stage, stage_bounds
 from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
 from megameta.parallel.topology import Topology
 from megameta.train.compile import try_compiler, why_not_compile
-from megameta.train.display import LOG
 
 
 def settle_on(config: RunConfig, topology: Topology, saved: RunConfig | None = None) -> RunConfig:

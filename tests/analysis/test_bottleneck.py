@@ -23,7 +23,7 @@ from megameta.analysis.rate_distortion import (
     unigram_floor,
     verdict,
 )
-from megameta.intervals import half_width
+from megameta.statistics import half_width
 
 
 def test_divergence_against_torch_and_by_sampling() -> None:

@@ -29,8 +29,8 @@ from megameta.config import build_config
 from megameta.data.dataset import IGNORE_INDEX, SampleFormat
 from megameta.data.loader import Batch
 from megameta.data.samples import Text
-from megameta.intervals import wilson
 from megameta.model import GPT, KeepRule, ModelConfig, PruningCache, initialize_weights
+from megameta.statistics import wilson
 
 VOCAB, LENGTH, METAS, WINDOWS = 41, 40, 6, 9
 

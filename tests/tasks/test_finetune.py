@@ -16,8 +16,8 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
-from megameta.intervals import wilson
 from megameta.parallel.topology import Topology
+from megameta.statistics import wilson
 from megameta.tasks.examples import encode_example, read_examples
 from megameta.tasks.finetune import PhaseOrder, TaskEvaluator, TaskLoader, load_examples
 from megameta.tasks.generate import TaskOptions, generate

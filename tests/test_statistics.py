@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from megameta.intervals import t_quantile
 from megameta.reproduce.report import points, verdict
-from megameta.reproduce.statistics import Estimate, accuracy_estimate, difference_estimate
+from megameta.statistics import Estimate, accuracy_estimate, difference_estimate, t_quantile
 
 
 def test_t_quantiles() -> None:
