@@ -15,9 +15,9 @@ from megameta.errors import UserError
 from megameta.train.run_config import load_run_config
 from megameta.train.setup import DrawnWeights
 from tests.support.commands import run_command
+from tests.support.paths import ROOT
 from tests.support.training import tiny_values, write_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
 YARN4 = {"position_scaling": "yarn", "position_scaling_factor": 4.0, "original_max_position_embeddings": 32}
 
 

@@ -1,11 +1,12 @@
 """The judge of `make bench`: which rows have moved beyond noise."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from tests.support.paths import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
 
 import guard
 

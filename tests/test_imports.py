@@ -17,7 +17,7 @@ WITHOUT_TORCH = [
     "megameta.cli",
     "megameta.config",
     "megameta.model.config",
-    "megameta.validate",
+    "megameta.config.validate",
     "megameta.train.run_config",
     "megameta.slurm.fit",
     "megameta.slurm.supervise",

@@ -13,19 +13,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 PACKAGE = "megameta"
 
 #: From top to bottom. Names joined by "+" count as one part.
 LAYERS: list[list[str]] = [
     ["tools", "cli+commands+__main__"],
-    ["reproduce"],
+    ["paper+reproduce+analysis"],
     ["quickstart"],
-    ["tasks", "analysis", "slurm"],
+    ["tasks", "finetune", "slurm"],
     ["train"],
+    ["engine", "cluster"],
     ["hf"],
-    ["checkpoint", "parallel", "data"],
-    ["config+validate"],
+    ["checkpoint", "plan"],
+    ["corpus"],
+    ["data", "parallel", "tokenizers"],
+    ["config"],
     ["model"],
 ]
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for part in layer for name in part.split("+")}
@@ -122,7 +126,10 @@ def test_imports_point_one_way() -> None:
         ("megameta.model.gpt", "import torch.nn as nn\nimport math\nfrom megameta.model.rope import rotate"),
         ("megameta.model.gpt", "from . import rope\nfrom .rope import rotate\nfrom .. import model"),
         ("megameta.data.indexed", "import numpy\nfrom megameta.errors import UserError\nimport megameta.model"),
-        ("megameta.config", "from megameta.model.config import ModelConfig\nfrom megameta.validate import check"),
+        (
+            "megameta.config",
+            "from megameta.model.config import ModelConfig\nfrom megameta.config.loading import x",
+        ),
         ("megameta.train.setup", "from megameta.hf.start import start_weights"),
         ("megameta.train.loop", "from megameta import __version__, data, checkpoint\nfrom megameta.parallel import x"),
         ("megameta.hf.export", "from megameta.data.tokenizer import Tokenizer\nfrom .names import to_hf_name"),
@@ -145,7 +152,7 @@ def test_allowed(module: str, source: str) -> None:
         ("megameta.model.gpt", "def f():\n    from ..config import RunConfig"),
         ("megameta.model.gpt", "import importlib\nimportlib.import_module('deepspeed')"),
         ("megameta.config", "import megameta.data.indexed"),
-        ("megameta.validate", "from .parallel.topology import Topology"),
+        ("megameta.config.validate", "from ..parallel.topology import Topology"),
         ("megameta.data.loader", "from megameta import parallel"),
         ("megameta.checkpoint.store", "from megameta.train.engine import Engine"),
         ("megameta.checkpoint.store", "from ..hf.export import export"),

@@ -9,16 +9,16 @@ import pytest
 
 from megameta.commands.plan import make_plan, parse_memory
 from megameta.config import RunConfig, apply_overrides, assume, build_config, load_raw
+from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
 from megameta.parallel.cost import Evaluation, Hardware, evaluate, group_bandwidth
 from megameta.parallel.layout import Layout
 from megameta.parallel.planner import HEADROOM, Plan, layouts, plan, smallest_batch
 from megameta.train.check import check_config
-from megameta.validate import problems
 from tests.support.commands import run_command
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAPER, SMALL_B, LARGE_B = (
     str(ROOT / "configs" / name) for name in ("paper/meta-rope.yaml", "scale/1.3b.yaml", "scale/7b.yaml")
 )

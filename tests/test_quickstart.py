@@ -17,9 +17,7 @@ from megameta.model import GPT, ModelConfig, initialize_weights
 from megameta.quickstart import checks, corpus
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report, smooth, table
 from megameta.quickstart.stages import Commands, Stage, StageRunner, StageTime, Stopped
-
-ROOT = Path(__file__).resolve().parents[1]
-
+from tests.support.paths import ROOT
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from typing import Any
 import megameta
 from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig, apply_overrides, build_config, dump_yaml
+from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
 from megameta.train.schedule import learning_rate
-from megameta.validate import problems
 
 METHODS = ("yarn", "ntk", "linear", "none")
 #: Share of the run's steps by which it goes on: pre-training, fine-tuning (which meets its tasks at new lengths). Ours.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megameta.config import RunConfig, assume
+from megameta.config.derived import step_flops
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.parallel.cost import Evaluation, Hardware
 from megameta.parallel.estimate import worst
 from megameta.parallel.layout import Layout, stage_weights
 from megameta.parallel.planner import HEADROOM, Plan, plan, smallest_batch
 from megameta.parallel.traffic import GROUPS, by_group
-from megameta.train.metrics import step_flops
 from megameta.train.run_config import load_run_config
 
 #: Below this share of the peak a layout is called wasteful.

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 from megameta.config import RunConfig, device_of
+from megameta.config.deepspeed import REDUCE_BUCKET, overlaps_reduction, zero_option
 from megameta.parallel.activations import Activations, Widths, activations
 from megameta.parallel.layout import (
-    REDUCE_BUCKET,
     Layout,
     Weights,
-    overlaps_reduction,
     stage_blocks,
     stage_weights,
-    zero_option,
 )
 from megameta.parallel.traffic import Transfer, live_parameters, transfers
 

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from megameta.config import RunConfig
+from megameta.config.deepspeed import zero_stage
 from megameta.errors import UserError
 from megameta.model import ModelConfig
 from megameta.parallel.pipeline import stage_bounds
-
-#: Keys of deepspeed.zero_optimization that mean nothing at stage 0.
-NEED_ZERO = frozenset({"stage", "offload_optimizer", "offload_param"})
-
-#: DeepSpeed's default reduce_bucket_size, in elements.
-REDUCE_BUCKET = 5e8
 
 
 @dataclass(frozen=True)
@@ -85,46 +80,6 @@ class Layout:
             f"train.micro_batch_size={self.micro_batch_size}",
             f"train.activation_checkpointing={str(self.checkpointing).lower()}",
         ]
-
-
-def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
-    """The stage of ZeRO that a run uses, where the configuration leaves it open.
-
-    A lone data-parallel rank would copy every gradient into a bucket and every weight out of a partition, and keep both
-    (docs/performance.md has the price). Pipeline stages and fp16 need stage 1 (``validate``), and so do DeepSpeed's
-    offloading and its choice of a type to accumulate gradients in.
-    """
-    if config.parallel.zero_stage is not None:
-        return config.parallel.zero_stage
-    shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
-    asked = "data_types" in config.deepspeed or not NEED_ZERO.isdisjoint(config.zero_options)
-    return int(shared or config.train.precision == "fp16" or asked)
-
-
-def zero_option(config: RunConfig, name: str, default: float) -> float:
-    """A number of DeepSpeed's zero_optimization section."""
-    return float(config.zero_options.get(name, default))
-
-
-def overlaps_reduction(
-    config: RunConfig, device_type: str, *, zero_stage: int, pipeline: int, data: int, num_parameters: int
-) -> bool:
-    """Whether ZeRO 1 or 2 sums gradients over its ranks beside the backward pass (DeepSpeed's overlap_comm).
-
-    Where the configuration leaves it open: on GPUs, if a rank's gradients fill more than one bucket. With one the sum
-    begins when all gradients are there anyway, and the second bucket, which overlapping takes, is memory for nothing.
-    ZeRO 3 always does; pipeline stages never can.
-
-    Args:
-        num_parameters: of a rank.
-    """
-    if zero_stage not in (1, 2) or pipeline > 1:
-        return False
-    chosen = config.zero_options.get("overlap_comm")
-    if chosen is not None:
-        return bool(chosen)
-    fills_more = num_parameters > zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)
-    return device_type == "cuda" and data > 1 and fills_more
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megameta.config import RunConfig
+from megameta.config.validate import layout_problems
 from megameta.parallel.cost import Evaluation, Hardware, evaluate
 from megameta.parallel.layout import Layout
-from megameta.validate import layout_problems
 
 #: Share of a GPU's memory left to CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.08

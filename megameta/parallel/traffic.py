@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megameta.config import RunConfig
+from megameta.config.deepspeed import zero_option
 from megameta.model import ModelConfig
 from megameta.parallel.activations import Widths
-from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows, zero_option
+from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
 
 Group = Literal["tensor", "pipeline", "data", "embedding"]
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]

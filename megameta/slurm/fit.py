@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megameta.config import RunConfig
+from megameta.config.validate import problems
 from megameta.errors import UserError
-from megameta.validate import problems
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megameta.config import RunConfig, assume, device_of
+from megameta.config.validate import problems
 from megameta.errors import EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.layout import Layout
@@ -18,7 +19,6 @@ from megameta.slurm.fit import fit_exactly
 from megameta.slurm.script import Options, render
 from megameta.train.check import describe, describe_layout, missing_files
 from megameta.train.run_config import load_run_config
-from megameta.validate import problems
 
 #: Options of sbatch that follow from others of submit.
 OWN = {

@@ -4,17 +4,17 @@ import contextlib
 import os
 
 from megameta.config import RunConfig, assume
+from megameta.config.deepspeed import zero_stage
+from megameta.config.derived import data_parallel_size, step_flops
+from megameta.config.validate import problems
 from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
 from megameta.model.shapes import on_meta_device, without_kernels
 from megameta.parallel.estimate import StageEstimate, estimate
-from megameta.parallel.layout import Layout, zero_stage
+from megameta.parallel.layout import Layout
 from megameta.parallel.traffic import GROUPS, by_group
-from megameta.train.deepspeed_config import deepspeed_config
-from megameta.train.metrics import step_flops
 from megameta.train.run_config import load_run_config
-from megameta.validate import data_parallel_size, problems
 
 
 def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
@@ -25,10 +25,6 @@ def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
     world_size, device = (gpus, "cuda") if gpus else (1, "cpu")
     config = assume(load_run_config(path, overrides, need_files=False), device)
     found = problems(config, world_size=world_size, device=device)
-    try:
-        deepspeed_config(config, 1, zero_stage(config, 1))
-    except UserError as error:
-        found.append(str(error))
     print("\n".join(describe(config, world_size)))
     with contextlib.suppress(UserError):  # a division that fails is among the problems
         print("\n".join(describe_layout(config, Layout.of(config, world_size))))

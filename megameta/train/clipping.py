@@ -12,21 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megameta.config import RunConfig
 from megameta.parallel.groups import ProcessGroups
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
-
-#: Keys of deepspeed.zero_optimization that take gradients off the device.
-ELSEWHERE = ("offload_optimizer", "cpu_offload", "zenflow")
-
-
-def clips_itself(config: RunConfig, zero_stage: int) -> bool:
-    """Whether norm and clipping are this module's."""
-    elsewhere = any(config.zero_options.get(key) is not None for key in ELSEWHERE)
-    if config.parallel.pipeline_parallel_size > 1 or config.train.precision == "fp16":
-        return False
-    return zero_stage < 3 and not elsewhere and "data_types" not in config.deepspeed
 
 
 class Clipping:

@@ -15,15 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megameta.config import RunConfig
+from megameta.config.deepspeed import clips_itself, deepspeed_config, overlaps_reduction, zero_stage
 from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
-from megameta.parallel.layout import overlaps_reduction, zero_stage
 from megameta.parallel.pipeline import scaled
 from megameta.parallel.topology import Topology
-from megameta.train.clipping import Clipping, clips_itself
+from megameta.train.clipping import Clipping
 from megameta.train.compile import as_written, compile_blocks, compile_loss
-from megameta.train.deepspeed_config import deepspeed_config
 from megameta.train.determinism import use_deterministic_kernels
 from megameta.train.forward_timer import ForwardTimer
 from megameta.train.losses import LossModule, Scores, make_scores, sum_scores

@@ -25,19 +25,20 @@ from megameta.checkpoint import (
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.store import point_latest, step_name, step_of
 from megameta.config import RunConfig
+from megameta.config.deepspeed import zero_stage
+from megameta.config.derived import step_flops
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.log import LOG, duration
 from megameta.model import Attention
-from megameta.parallel.layout import zero_stage
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import StepDisplay
 from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
 from megameta.train.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
-from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops, step_flops
+from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.place import RunPlace, open_run
 from megameta.train.replicas import check_replicas

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from megameta.attempt import Attempt
-from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
-from megameta.model.flops import forward_flops
 
 
 class MetricsFile:
@@ -85,12 +83,6 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
-
-
-def step_flops(config: RunConfig) -> float:
-    """Model flops of an optimiser step, forward and backward, without recomputation."""
-    data = config.data
-    return 3 * config.train.global_batch_size * forward_flops(config.model, data.sequence_length, data.num_meta_tokens)
 
 
 def measure_peak_flops(device: str, precision: str, seconds: float = 0.3) -> float:

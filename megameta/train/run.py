@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
 from megameta.config import RunConfig
+from megameta.config.validate import validate
 from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, UserError
 from megameta.log import show_log
 from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
@@ -29,7 +30,6 @@ from megameta.train.place import RunPlace, open_run
 from megameta.train.preflight import check_nodes
 from megameta.train.run_config import load_run_config
 from megameta.train.stop import StopRequest
-from megameta.validate import validate
 
 #: What gloo and the store say where the process at the other end is gone.
 _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed")

@@ -9,9 +9,9 @@ from megameta.analysis.attention_numbers import attention_numbers
 from megameta.analysis.boost import changes
 from megameta.analysis.training import AttentionProbe
 from megameta.config import build_config
+from megameta.config.validate import problems
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
-from megameta.validate import problems
 from tests.support.analyses import subject_of
 from tests.support.ranks import run_ranks
 from tests.support.training import step_loader, tiny_config, tiny_values, weights_digest

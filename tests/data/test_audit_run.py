@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 from hashlib import blake2b
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +17,10 @@ from megameta.data.readers import read_documents
 from megameta.errors import UserError
 from tests.support.audits import Tags, lines_of, prose, write_lines
 from tests.support.commands import Command, run_command
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
-TOOL = Path(__file__).parents[2] / "tools" / "audit_corpus.py"
+TOOL = ROOT / "tools" / "audit_corpus.py"
 SECRET = "ghp_" + "z9Y8" * 9
 PASSWORD = "correct-horse-42"
 EVIL = "<script>alert(1)</script>"

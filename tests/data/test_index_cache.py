@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from megameta.data.index_cache import IndexCache, digest
 from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
+from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until
 
 
@@ -141,7 +141,7 @@ def test_a_killed_maker_holds_nobody_up(tmp_path):
 
         IndexCache({str(tmp_path)!r}).get("f", 0, make)
     """
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": root},

@@ -18,9 +18,9 @@ from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe, train_sentencepiece
 from megameta.errors import UserError
 from tests.support.commands import Command, run_command
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 CORPUS = [
     "The cat sat on the mat and the dog sat by the door.",
     "Rain fell all day; the cat slept on.",

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megameta.config import build_config
+from megameta.config.validate import problems
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
 from megameta.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
 from megameta.data.sources import held_out_samples, split_shares, training_data
 from megameta.errors import UserError
-from megameta.validate import problems
 
 
 def write(prefix, lengths, first=1):

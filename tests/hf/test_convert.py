@@ -16,8 +16,9 @@ from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
 from tests.support.exports import BASELINE, small_tokenizer, tensors_of, tokenizer_config
 from tests.support.models import small_model
+from tests.support.paths import ROOT
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from megameta.hf.stream import LayerWeights, layers_of
 from megameta.model import GPT
 from tests.support.exports import BASELINE, tensors_of
 from tests.support.models import small_config, small_model
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MB = 10**6
 
 

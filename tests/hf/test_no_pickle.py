@@ -25,8 +25,8 @@ from megameta.hf.start import start_values, start_weights
 from tests.support.commands import run_command
 from tests.support.exports import BASELINE, small_tokenizer, tensors_of, tokenizer_config
 from tests.support.models import small_model
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from megameta.model import ModelConfig
 from megameta.model.rope import attention_scale, rotary_frequencies, rotation_at
 from megameta.train.run_config import load_run_config
 from tests.support.models import small_config, small_model
+from tests.support.paths import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "yarn.json").read_text())
+CASES = json.loads((GOLDEN / "yarn.json").read_text())
 
 
 def scaled(size: int, window: int, factor: float, kind: str = "yarn", **changes) -> ModelConfig:
@@ -33,7 +33,7 @@ def scaled(size: int, window: int, factor: float, kind: str = "yarn", **changes)
 )
 def test_golden_frequencies(name, tolerance):
     """The snapshot has five digits."""
-    case = GOLDEN[name]
+    case = CASES[name]
     config = scaled(case["dim"], case["original_max"], float(case["factor"]))
     found = rotary_frequencies(config)
     assert found.dtype == torch.float32 and len(found) == case["dim"] // 2

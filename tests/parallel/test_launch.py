@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,9 +12,9 @@ import pytest
 from megameta.errors import EXIT_LOST, MachineError, UserError
 from megameta.parallel import launch
 from megameta.parallel.launch import free_port, launch_local, make_topology, pick_device, ranks_from_environment
+from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
 

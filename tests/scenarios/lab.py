@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+LAB = ROOT / "tests" / "scenarios" / "lab.sh"
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "ip", "unshare", "nsenter")
 
 
@@ -57,7 +57,7 @@ class Lab:
 
     def script(self, *words: str, timeout: float = 600) -> str:
         """Run lab.sh; its output."""
-        command = [str(HERE / "lab.sh"), *words]
+        command = [str(LAB), *words]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
@@ -89,7 +89,7 @@ class Lab:
 
     def run(self, *command: str, cwd: Path | None = None, timeout: float = 600) -> str:
         """Run a command on the controller's node."""
-        words = [str(HERE / "lab.sh"), "exec", *command]
+        words = [str(LAB), "exec", *command]
         options = {"env": self.environment, "cwd": cwd, "stdin": subprocess.DEVNULL}
         for _ in range(3):
             done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, **options)

@@ -16,6 +16,7 @@ import yaml
 from megameta.attempt import how_it_ended, newest_attempt
 from megameta.commands.status import run_status
 from tests.scenarios.lab import Lab, read_logs, why_not
+from tests.support.paths import ROOT
 from tests.support.runs import hashes, last_step, latest_step, records
 from tests.support.training import tiny_values, write_corpus
 
@@ -246,7 +247,7 @@ def test_an_array_of_shards_then_training(lab, place):
         (place / f"shard{number}.jsonl").write_text("\n".join(lines) + "\n")
     shards = [str(place / f"shard{number}.jsonl") for number in range(2)]
     (place / "shards.txt").write_text("\n".join(shards) + "\n")
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     train = [sys.executable, str(root / "tools" / "train_tokenizer.py"), "--input", *shards]
     subprocess.run(
         [*train, "--output", str(place / "tok"), "--type", "bpe", "--vocab-size", "300"], check=True, timeout=PATIENCE

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from megameta.attempt import claim
+from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -29,9 +29,10 @@ from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import settle_on
+from tests.support.paths import GOLDEN
 from tests.support.training import full_state, step_loader, take_steps
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "gpu.json"
+LOSSES = GOLDEN / "gpu.json"
 STEPS, MOVE_AT = 6, 3
 VOCABULARY = 512
 VALUES: dict[str, dict[str, Any]] = {
@@ -148,7 +149,7 @@ def main() -> None:
         if arguments.write:
             fp32 = {"train": {"precision": "fp32"}}
             kept = {name: train(make_config(corpus, change, fp32), topology) for name, change in KEPT.items()}
-            GOLDEN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            LOSSES.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             return
         found: dict[str, Any] = {}
         for name in arguments.names or CASES:

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from megameta.config import RunConfig, build_config
+from megameta.config.validate import validate
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
@@ -25,7 +26,6 @@ from megameta.train.losses import LossModule, sum_scores
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.replicas import differing_replicas
 from megameta.train.setup import build_model
-from megameta.validate import validate
 from tests.support.training import full_state, oracle_run, step_loader, take_steps, write_corpus
 
 STEPS = 20

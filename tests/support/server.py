@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 #: Imports of the server: what ranks need, and with what commands need beside it.
 CORE, ALL = "tests.support.preload_core", "tests.support.preload"
 #: Read by libraries while they are imported, so that the server must have them. Everything else a process sets itself.

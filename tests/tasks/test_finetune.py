@@ -12,6 +12,7 @@ from megameta.checkpoint.save import write_checkpoint
 from megameta.checkpoint.store import point_latest
 from megameta.commands.evaluate_tasks import evaluate_tasks
 from megameta.config import build_config
+from megameta.config.validate import problems
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.tokenizer import load_tokenizer
 from megameta.data.train_tokenizer import train_bpe
@@ -24,7 +25,6 @@ from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.setup import DrawnWeights, build_model
-from megameta.validate import problems
 from tests.support.commands import run_command
 
 STEPS, MOVE_AT = 8, 6

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,8 @@ from megameta.errors import UserError
 from megameta.train import loop, run_lock
 from megameta.train.metrics import MetricsFile, read_metrics
 from megameta.train.run_lock import is_gone, lock_run
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = build_config({"data": {"train": "x"}})
 
 

@@ -9,13 +9,13 @@ import sysconfig
 import pytest
 import torch
 
+from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.model import GPT
 from megameta.parallel.fused_loss import loss_and_gradient
 from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
 from megameta.train.pipeline_engine import make_engine
-from megameta.validate import problems
 from tests.support.needs import needs_cxx
 from tests.support.ranks import run_ranks
 from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest

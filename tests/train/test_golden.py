@@ -21,8 +21,9 @@ from megameta.data.samples import Corpus, SampleIndex
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights
 from megameta.train.optimizer import parameter_groups
 from megameta.train.schedule import learning_rate
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.json"
+LOSSES = GOLDEN / "losses.json"
 SHAPE = {"vocab_size": 101, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
 CASES = {
     "meta-rope": ({"position": "rope"}, {}),
@@ -86,7 +87,7 @@ def golden_losses(folder: Path, case: str) -> list[float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_have_not_moved(case: str, tmp_path: Path) -> None:
-    expected = json.loads(GOLDEN.read_text())[case]
+    expected = json.loads(LOSSES.read_text())[case]
     assert golden_losses(tmp_path, case) == pytest.approx(expected, rel=1e-9)
     assert expected[-1] < expected[0] - 0.4, "the golden run learns something"
 
@@ -96,4 +97,4 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as scratch:
         values = {name: golden_losses(Path(scratch), name) for name in CASES}
-    GOLDEN.write_text(json.dumps(values, indent=1) + "\n")
+    LOSSES.write_text(json.dumps(values, indent=1) + "\n")

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from megameta.checkpoint import TrainerState
+from megameta.config.derived import step_flops
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
 from megameta.parallel.topology import Topology
 from megameta.train import loop, metrics
-from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics, step_flops
+from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics
 from tests.support.training import tiny_config
 
 

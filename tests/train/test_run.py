@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +14,6 @@ from tests.support.runs import checkpoints, hashes, last_step, latest_step, reco
 from tests.support.training import tiny_values, write_corpus
 from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Long enough to be caught by a signal in the middle.
 STEPS, INTERVAL = 110, 20
 

@@ -3,7 +3,6 @@
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megameta.config import DataSection, RunConfig, build_config, config_schema, known_keys, load_config
+from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.model import GPT
 from megameta.train.run_config import load_run_config
-from megameta.validate import problems
 from tests.support.commands import run_command
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from megameta.config import apply_overrides, build_config
+from megameta.config.derived import data_parallel_size
+from megameta.config.validate import problems, validate
 from megameta.errors import UserError
-from megameta.validate import data_parallel_size, problems, validate
 
 GOOD = {"optimizer": {"warmup_steps": 10}, "train": {"num_steps": 100}}
 
@@ -66,6 +67,8 @@ def test_the_good_one_is_good():
         (["parallel.pipeline_parallel_size=2", "parallel.zero_stage=0"], 2, "cpu", ["clips", "zero_stage=1"]),
         (["parallel.pipeline_parallel_size=2", "parallel.zero_stage=3"], 2, "cpu", ["zero_stage 3", "zero_stage=1"]),
         (["parallel.pipeline_parallel_size=2", "train.precision=fp16"], 2, "cuda", ["fp16", "bf16"]),
+        (["deepspeed.bf16.enabled=true"], 1, "cpu", ["deepspeed.bf16", "train.precision"]),
+        (["deepspeed.gradient_accumulation_steps=3"], 1, "cpu", ["3 contradicts 1", "other sections"]),
     ],
 )
 def test_each_problem(overrides, world_size, device, words):
@@ -95,3 +98,10 @@ def test_all_at_once():
             world_size=1,
             device="cpu",
         )
+
+
+def test_what_deepspeed_is_told_follows_from_the_number_of_ranks():
+    """Two of eight sequences a rank are accumulated twice on two ranks."""
+    told = config("train.micro_batch_size=2", "deepspeed.gradient_accumulation_steps=2")
+    assert problems(told, world_size=2, device="cpu") == []
+    assert "2 contradicts 4" in problems(told, world_size=1, device="cuda")[0]

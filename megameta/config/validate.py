@@ -2,7 +2,10 @@
 
 import math
 
-from megameta.config import RunConfig
+from megameta.config.automatic import assume
+from megameta.config.deepspeed import deepspeed_config, zero_stage
+from megameta.config.derived import data_parallel_size
+from megameta.config.sections import RunConfig
 from megameta.errors import UserError
 
 
@@ -12,7 +15,7 @@ def problems(config: RunConfig, *, world_size: int, device: str) -> list[str]:
     found += _analysis(config)
     if config.init.from_checkpoint is not None and config.init.from_hf is not None:
         found.append("init.from_checkpoint and init.from_hf both say where the weights start: take one away")
-    return found + _async_save(config) + layout_problems(config, device)
+    return found + _async_save(config) + layout_problems(config, device) + _deepspeed(config, world_size, device)
 
 
 def validate(config: RunConfig, *, world_size: int, device: str) -> None:
@@ -20,11 +23,6 @@ def validate(config: RunConfig, *, world_size: int, device: str) -> None:
     found = problems(config, world_size=world_size, device=device)
     if found:
         raise UserError("\n  ".join([f"the configuration has {len(found)} problem(s):", *found]))
-
-
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Model replicas: world size over tensor- and pipeline-parallel sizes."""
-    return world_size // (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
 
 
 def _model_and_data(config: RunConfig) -> list[str]:
@@ -250,3 +248,14 @@ def _precision(config: RunConfig, device: str) -> list[str]:
             " change the loss scale on that rank alone; set parallel.zero_stage=1, or train.precision=bf16"
         )
     return found
+
+
+def _deepspeed(config: RunConfig, world_size: int, device: str) -> list[str]:
+    config = assume(config, device)  # what is "auto" is settled when the run starts
+    ranks = data_parallel_size(config, world_size)
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * max(1, ranks))
+    try:
+        deepspeed_config(config, accumulation, zero_stage(config, ranks))
+    except UserError as error:
+        return [str(error)]
+    return []

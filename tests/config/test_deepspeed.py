@@ -2,9 +2,8 @@
 
 import pytest
 
+from megameta.config.deepspeed import deepspeed_config, overlaps_reduction
 from megameta.errors import UserError
-from megameta.parallel.layout import overlaps_reduction
-from megameta.train.deepspeed_config import deepspeed_config
 from tests.support.training import tiny_config
 
 

@@ -1,10 +1,10 @@
-"""DeepSpeed's own configuration, derived from the run's; the pass-through section is merged last."""
+"""What DeepSpeed is told, derived from the run's configuration: ZeRO's stage, who clips, and its own dictionary, into
+which the pass-through section is merged last."""
 
 from typing import Any
 
-from megameta.config import RunConfig
+from megameta.config.sections import RunConfig
 from megameta.errors import UserError
-from megameta.train.clipping import clips_itself
 
 #: Sections of DeepSpeed's that would compete with the run's own, and the keys that stand for them here.
 ELSEWHERE = {
@@ -17,11 +17,67 @@ ELSEWHERE = {
     "gradient_clipping": "optimizer.clip_grad_norm",
 }
 
+#: Keys of deepspeed.zero_optimization that take gradients off the device.
+OFFLOADS = ("offload_optimizer", "cpu_offload", "zenflow")
+#: Keys of deepspeed.zero_optimization that mean nothing at stage 0.
+NEED_ZERO = frozenset({"stage", "offload_optimizer", "offload_param"})
+
+#: DeepSpeed's default reduce_bucket_size, in elements.
+REDUCE_BUCKET = 5e8
+
+
+def zero_stage(config: RunConfig, data_parallel_size: int) -> int:
+    """The stage of ZeRO that a run uses, where the configuration leaves it open.
+
+    A lone data-parallel rank would copy every gradient into a bucket and every weight out of a partition, and keep both
+    (docs/performance.md has the price). Pipeline stages and fp16 need stage 1 (``validate``), and so do DeepSpeed's
+    offloading and its choice of a type to accumulate gradients in.
+    """
+    if config.parallel.zero_stage is not None:
+        return config.parallel.zero_stage
+    shared = data_parallel_size > 1 or config.parallel.pipeline_parallel_size > 1
+    asked = "data_types" in config.deepspeed or not NEED_ZERO.isdisjoint(config.zero_options)
+    return int(shared or config.train.precision == "fp16" or asked)
+
+
+def zero_option(config: RunConfig, name: str, default: float) -> float:
+    """A number of DeepSpeed's zero_optimization section."""
+    return float(config.zero_options.get(name, default))
+
+
+def overlaps_reduction(
+    config: RunConfig, device_type: str, *, zero_stage: int, pipeline: int, data: int, num_parameters: int
+) -> bool:
+    """Whether ZeRO 1 or 2 sums gradients over its ranks beside the backward pass (DeepSpeed's overlap_comm).
+
+    Where the configuration leaves it open: on GPUs, if a rank's gradients fill more than one bucket. With one the sum
+    begins when all gradients are there anyway, and the second bucket, which overlapping takes, is memory for nothing.
+    ZeRO 3 always does; pipeline stages never can.
+
+    Args:
+        num_parameters: of a rank.
+    """
+    if zero_stage not in (1, 2) or pipeline > 1:
+        return False
+    chosen = config.zero_options.get("overlap_comm")
+    if chosen is not None:
+        return bool(chosen)
+    fills_more = num_parameters > zero_option(config, "reduce_bucket_size", REDUCE_BUCKET)
+    return device_type == "cuda" and data > 1 and fills_more
+
+
+def clips_itself(config: RunConfig, zero_stage: int) -> bool:
+    """Whether norm and clipping are ours (``megameta.engine.clipping``)."""
+    elsewhere = any(config.zero_options.get(key) is not None for key in OFFLOADS)
+    if config.parallel.pipeline_parallel_size > 1 or config.train.precision == "fp16":
+        return False
+    return zero_stage < 3 and not elsewhere and "data_types" not in config.deepspeed
+
 
 def deepspeed_config(
     config: RunConfig, accumulation_steps: int, zero_stage: int, *, overlap: bool = False
 ) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``. ``overlap``: as ``parallel.layout.overlaps_reduction`` says.
+    """The dictionary for ``deepspeed.initialize``. ``overlap``: as ``overlaps_reduction`` says.
 
     bf16 runs as autocast over float32 parameters, which is right at every ZeRO stage; gradients are reduced in float32,
     so no module is listed for low-precision communication. fp16 does the same with a gradient scaler at ZeRO 0; at 1 to
