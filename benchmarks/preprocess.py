@@ -32,7 +32,7 @@ from paired import ratio
 
 from megameta.data.indexed import IndexedDataset
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
-from megameta.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
+from megameta.tokenizers import FastTokenizer, Tokenizer, load_tokenizer
 
 MEGATRON_BAR, BARE_BAR = 4.0, 0.85
 _tokenizer: Any = None  # of a pool's worker

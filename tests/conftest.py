@@ -46,7 +46,7 @@ def corpus(shared: Shared) -> str:
 @pytest.fixture(scope="session")
 def tokenizer(shared: Shared) -> str:
     """The folder of a byte-level BPE of 300 entries. Not to be changed."""
-    from megameta.data.train_tokenizer import train_bpe
+    from megameta.tokenizers.training import train_bpe
     from tests.support.preprocessing import CORPUS
 
     return str(shared.get("tokenizer", lambda folder: train_bpe(iter(CORPUS), 300, folder)))

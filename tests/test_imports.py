@@ -22,7 +22,7 @@ WITHOUT_TORCH = [
     "megameta.slurm.fit",
     "megameta.slurm.supervise",
     "megameta.commands.status",
-    "megameta.commands.tokenizer",
+    "megameta.tokenizers.show",
     "megameta.data.preprocess",
     "megameta.data.train_tokenizer",
     "megameta.data.inspect_dataset",

@@ -5,8 +5,8 @@ import argparse
 from megameta.data.indexed import IndexedDataset
 from megameta.data.inspect_dataset import describe, first_documents, location_of, verify
 from megameta.data.progress import ProgressLine
-from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError, run_tool
+from megameta.tokenizers import load_tokenizer
 
 EXAMPLE = """\
 example:

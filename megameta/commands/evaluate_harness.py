@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.launch import pick_device
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 
 def evaluate_harness(

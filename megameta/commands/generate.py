@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megameta.commands.evaluate_harness import make_policy
-from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError
 from megameta.hf.insertion import MetaTokenInserter, left_padded
 from megameta.hf.load import load_causal_lm
 from megameta.parallel.launch import pick_device
+from megameta.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)

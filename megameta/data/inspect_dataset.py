@@ -7,7 +7,7 @@ import numpy as np
 
 from megameta.data.index_format import CODE_OF_DTYPE
 from megameta.data.indexed import IndexedDataset
-from megameta.data.tokenizer import Tokenizer
+from megameta.tokenizers import Tokenizer
 
 _READ_TOKENS = 1 << 22
 _SHOWN_TOKENS = 60

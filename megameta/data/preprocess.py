@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megameta.data import tokenizer as tokenizers
+from megameta import tokenizers
 from megameta.data.growing import GrowingDataset, publish
 from megameta.data.hub_reader import HubDataset, read_hub_blocks
 from megameta.data.indexed import dataset_exists, token_dtype

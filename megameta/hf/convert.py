@@ -36,9 +36,9 @@ def checkpoint_to_hf(
         UserError: see ``export_to_hf``; or no such checkpoint or tokenizer.
     """
     from megameta.checkpoint import open_checkpoint
-    from megameta.data.tokenizer import load_tokenizer
     from megameta.hf.export import export_to_hf
     from megameta.hf.run_card import card_from_run
+    from megameta.tokenizers import load_tokenizer
 
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
@@ -71,10 +71,10 @@ def hf_to_checkpoint(directory: str | Path, output_dir: str | Path) -> Path:
     """
     from megameta.checkpoint import save_weights
     from megameta.config import RunConfig
-    from megameta.data.tokenizer import load_tokenizer
     from megameta.hf.importer import read_hf_model
     from megameta.hf.start import start_model, start_weights
     from megameta.model import ModelConfig
+    from megameta.tokenizers import load_tokenizer
 
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

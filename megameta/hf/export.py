@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megameta.data.tokenizer import Tokenizer
 from megameta.errors import UserError
 from megameta.files import whole_directory
 from megameta.hf.bundle import MODELING_FILE, bundle_source
@@ -22,6 +21,7 @@ from megameta.hf.names import check_tensors
 from megameta.hf.shards import as_exported, cast, write_shards
 from megameta.hf.verify import verify_export
 from megameta.model import ModelConfig
+from megameta.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig

@@ -13,8 +13,8 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
-from megameta.data.tokenizer import Tokenizer
 from megameta.hf.insertion import MetaPolicy, MetaTokenInserter, left_padded
+from megameta.tokenizers import Tokenizer
 
 
 class Scored(NamedTuple):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megameta.checkpoint.tensor_file import LazyTensors, MadeTensors, TensorEntry
 from megameta.config import DataSection
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.hf.importer import ImportedModel, read_hf_model
 from megameta.model import ModelConfig
 from megameta.model.init import draw_parameter, is_vocabulary_table
 from megameta.model.shapes import parameter_shapes
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 #: What a run may set as it likes; every other field of ModelConfig is the source's.
 _FREE = (

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megameta.config import load_raw
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.data.train_tokenizer import train_tokenizer
 from megameta.errors import run_tool
 from megameta.quickstart.corpus import standard_library_documents, write_corpus
@@ -20,6 +19,7 @@ from megameta.tasks.definitions import DIFFICULTIES, TASKS
 from megameta.tasks.draws import Draws
 from megameta.tasks.examples import PLAIN_MARKER, with_markers
 from megameta.tasks.words import CATEGORIES, WORDS
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 #: Examples of each task and difficulty whose text the tokenizer is trained on.
 _EXAMPLES = 300

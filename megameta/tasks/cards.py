@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from megameta.data.tokenizer import META_TOKEN
 from megameta.tasks.definitions import MARKER, TASKS
+from megameta.tokenizers import META_TOKEN
 
 if TYPE_CHECKING:
     from megameta.tasks.generate import Summary

@@ -11,10 +11,10 @@ import torch
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.index_cache import Arrays, IndexCache
 from megameta.data.loader import Batch
-from megameta.data.tokenizer import Tokenizer
 from megameta.errors import UserError
 from megameta.tasks.definitions import DIFFICULTIES
 from megameta.tasks.examples import encode_example, read_examples
+from megameta.tokenizers import Tokenizer
 
 #: Of the encoding: a change makes what is on disk stale.
 _VERSION = 1

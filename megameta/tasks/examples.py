@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megameta.data.tokenizer import META_TOKEN, Tokenizer
 from megameta.errors import UserError
 from megameta.tasks.definitions import MARKER, TASKS
+from megameta.tokenizers import META_TOKEN, Tokenizer
 
 #: Stands for a marker in the text of models without meta-tokens, where it is all that says what is asked (spec §5).
 PLAIN_MARKER = " |"

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
 from megameta.files import whole_directory
 from megameta.tasks.cards import card, harness_files
 from megameta.tasks.definitions import DIFFICULTIES, TASKS
 from megameta.tasks.draws import Draws
 from megameta.tasks.examples import Example, encode_example, with_markers
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
 BINS = (128, 256, 512, 1024, 2048)

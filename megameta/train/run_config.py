@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 from megameta.config import RunConfig, build_config, key_places, load_raw
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 
 def load_run_config(

@@ -18,11 +18,11 @@ from megameta.analysis.registry import ANALYSES, Options
 from megameta.analysis.report import PAGE, write_report
 from megameta.cli import main
 from megameta.commands.analyze import analyze
-from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
 from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
+from megameta.tokenizers.training import train_bpe
 from tests.support.analyses import subject_of
 from tests.support.commands import run_command
 from tests.support.training import tiny_values, write_corpus

@@ -15,9 +15,9 @@ from megameta.data.audit.options import DROPS, AuditOptions, load_rules
 from megameta.data.audit.run import audit
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.data.readers import read_documents
-from megameta.data.tokenizer import load_tokenizer
-from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
+from megameta.tokenizers import load_tokenizer
+from megameta.tokenizers.training import train_bpe
 from tests.support.audits import Tags, lines_of, prose, write_lines
 
 

@@ -14,9 +14,9 @@ import pytest
 from megameta.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.data.readers import read_blocks
-from megameta.data.tokenizer import load_tokenizer
-from megameta.data.train_tokenizer import train_bpe, train_sentencepiece
 from megameta.errors import UserError
+from megameta.tokenizers import load_tokenizer
+from megameta.tokenizers.training import train_bpe, train_sentencepiece
 from tests.support.commands import Command, run_command
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until

@@ -16,9 +16,9 @@ from megameta.data.indexed import IndexedDataset
 from megameta.data.partial import PartialOutput
 from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.data.readers import read_blocks
-from megameta.data.tokenizer import load_tokenizer
-from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
+from megameta.tokenizers import load_tokenizer
+from megameta.tokenizers.training import train_bpe
 from tests.support.commands import run_command
 from tests.support.preprocessing import CORPUS, TOOL, documents, lines, output
 

@@ -170,7 +170,7 @@ def test_damaged_parquet_is_an_error(tmp_path):
 
 def test_importing_data_modules_loads_no_heavy_library():
     code = (
-        "import sys, megameta.data.preprocess, megameta.data.tokenizer, megameta.data.readers\n"
+        "import sys, megameta.data.preprocess, megameta.tokenizers.tokenizer, megameta.data.readers\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'pyarrow', 'tokenizers'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )

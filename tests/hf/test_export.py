@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megameta.data.tokenizer import load_tokenizer
 from megameta.errors import UserError
 from megameta.hf import export as export_module
 from megameta.hf.export import export_to_hf
 from megameta.hf.importer import import_from_hf
 from megameta.hf.verify import verify_export
+from megameta.tokenizers import load_tokenizer
 from tests.support.exports import BASELINE, CASES, padded_batch, small_tokenizer, tensors_of, tokenizer_config
 from tests.support.models import case_id, small_config, small_model
 

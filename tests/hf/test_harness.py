@@ -49,8 +49,8 @@ def requests(kind: str) -> list[Any]:
 
 
 def ours(directory: Path, policy: MetaPolicy, batch_size: int) -> Any:
-    from megameta.data.tokenizer import load_tokenizer
     from megameta.hf.harness import HarnessModel
+    from megameta.tokenizers import load_tokenizer
 
     return HarnessModel(load_causal_lm(directory), load_tokenizer(directory), policy, batch_size=batch_size)
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megameta.data.tokenizer import FastTokenizer
 from megameta.hf.configuration import MegametaConfig
 from megameta.hf.modeling import MegametaForCausalLM
 from megameta.hf.names import to_hf_name
 from megameta.model import GPT, ModelConfig
+from megameta.tokenizers import FastTokenizer
 from tests.support.models import covering, small_config, small_model
 
 #: Every pair of these options occurs in one of the cases.

@@ -14,8 +14,6 @@ from megameta.commands.evaluate_tasks import evaluate_tasks
 from megameta.config import build_config
 from megameta.config.validate import problems
 from megameta.data.dataset import IGNORE_INDEX
-from megameta.data.tokenizer import load_tokenizer
-from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.statistics import wilson
@@ -23,6 +21,8 @@ from megameta.tasks.examples import encode_example, read_examples
 from megameta.tasks.finetune import PhaseOrder, TaskEvaluator, TaskLoader, load_examples
 from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
+from megameta.tokenizers import load_tokenizer
+from megameta.tokenizers.training import train_bpe
 from megameta.train.losses import LossModule, sum_scores
 from megameta.train.setup import DrawnWeights, build_model
 from tests.support.commands import run_command

@@ -6,14 +6,14 @@ import re
 import pytest
 import yaml
 
-from megameta.data.tokenizer import META_TOKEN, load_tokenizer
-from megameta.data.train_tokenizer import train_bpe
 from megameta.errors import UserError
 from megameta.tasks import generate as module
 from megameta.tasks.definitions import MARKER, TASKS
 from megameta.tasks.examples import Example, encode_example, read_examples, render
 from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
+from megameta.tokenizers import META_TOKEN, load_tokenizer
+from megameta.tokenizers.training import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def add_tokenizer(commands: Commands) -> None:
 
 
 def _tokenizer_show(arguments: argparse.Namespace) -> int:
-    from megameta.commands.tokenizer import show
+    from megameta.tokenizers.show import show
 
     options = {"as_prompt": arguments.prompt, "as_json": arguments.json, "limit": arguments.limit}
     return show(arguments.tokenizer, arguments.text, arguments.file, **options)

@@ -20,7 +20,7 @@ from megameta.data.audit.quality import statistics
 from megameta.data.audit.records import BIT, RECORD, Records, broken_rules
 from megameta.data.audit.words import Hashes, WordTable
 from megameta.data.readers import BadDocument, Block, Document, document_texts, parse_block
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
+from megameta.tokenizers import Tokenizer, load_tokenizer
 
 #: Bytes of a document whose compression is measured.
 COMPRESSED = 1 << 16

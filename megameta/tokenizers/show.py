@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megameta.data.tokenizer import Tokenizer, load_tokenizer
 from megameta.errors import UserError
+from megameta.tokenizers.loading import load_tokenizer
+from megameta.tokenizers.tokenizer import Tokenizer
 
 
 def show(tokenizer_path: str, text: str | None, file: str | None, *, as_prompt: bool, as_json: bool, limit: int) -> int:

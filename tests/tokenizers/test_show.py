@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megameta.commands.tokenizer import show, visible
-from megameta.data.tokenizer import load_tokenizer
-from megameta.data.train_tokenizer import train_bpe, train_sentencepiece
 from megameta.errors import UserError
+from megameta.tokenizers import load_tokenizer
+from megameta.tokenizers.show import show, visible
+from megameta.tokenizers.training import train_bpe, train_sentencepiece
 
 CORPUS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell all day; the cat slept on, 123 times."] * 20
 HOSTILE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(

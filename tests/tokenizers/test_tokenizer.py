@@ -10,14 +10,15 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megameta.data.tokenizer import (
+from megameta.data.train_tokenizer import train_tokenizer
+from megameta.errors import UserError
+from megameta.tokenizers import (
     load_gpt2_tokenizer,
     load_huggingface_tokenizer,
     load_sentencepiece_tokenizer,
     load_tokenizer,
 )
-from megameta.data.train_tokenizer import check_round_trip, train_bpe, train_sentencepiece, train_tokenizer
-from megameta.errors import UserError
+from megameta.tokenizers.training import check_round_trip, train_bpe, train_sentencepiece
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; the dog sleeps, and the fox runs on.",

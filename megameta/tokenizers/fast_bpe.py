@@ -6,7 +6,7 @@ is used where its ids are provably the same, and nowhere else:
 - ``is_gpt2`` knows GPT-2's vocabulary and merges by their digest, and checks everything else that decides about ids.
 - tiktoken joins two neighbours when the joined bytes are a token, HuggingFace when the pair is a merge. The two agree
   when ids rise in the order of the merges and every token, encoded alone, is that token (``build`` asserts the first,
-  tests/data/test_fast_bpe.py checks the second): were x and y joined to a token T of which (x, y) is not the merge,
+  tests/tokenizers/test_fast_bpe.py the second): were x and y joined to a token T of which (x, y) is not the merge,
   then encoding T alone would end in x, y as well, because all joins inside them came first there too.
 - The two libraries have their own tables of Unicode classes. ``DIFFERING`` lists the code points on which they
   disagree; the tests go through all of Unicode again. Texts that hold one go through HuggingFace.

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megameta.data import fast_bpe
-from megameta.data.fast_bpe import FastBPE, is_gpt2, is_plain_byte_level, model_digest
-from megameta.data.tokenizer import load_huggingface_tokenizer, load_tokenizer
-from megameta.data.train_tokenizer import train_bpe
+from megameta.tokenizers import fast_bpe, load_huggingface_tokenizer, load_tokenizer
+from megameta.tokenizers.fast_bpe import FastBPE, is_gpt2, is_plain_byte_level, model_digest
+from megameta.tokenizers.training import train_bpe
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; it's theirs, they'd say, and we've seen 1234 of them.",

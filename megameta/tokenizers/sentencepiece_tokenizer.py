@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megameta.data.tokenizer import (
+from megameta.errors import UserError
+from megameta.tokenizers.tokenizer import (
     META_TOKEN,
     StrPath,
     Tokenizer,
-    _make_directory,
+    make_directory,
     spelled_piece,
     write_transformers_config,
 )
-from megameta.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class SentencePieceTokenizer(Tokenizer):
         written, and AutoTokenizer makes what it can of the .model. ``load_tokenizer`` always uses the .model.
         As everywhere in transformers, a special piece spelled out in a text (``<unk>``) is that piece there.
         """
-        target = _make_directory(directory)
+        target = make_directory(directory)
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
         names = {index: token for token, index in self._ids.items()}
         info = {"kind": self.kind, "flavour": self.flavour}
