@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from paired import ratio
 
+from megameta.corpus.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.data.indexed import IndexedDataset
-from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
 from megameta.tokenizers import FastTokenizer, Tokenizer, load_tokenizer
 
 MEGATRON_BAR, BARE_BAR = 4.0, 0.85

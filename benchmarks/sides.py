@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megameta.data.indexed import IndexedDatasetWriter
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.model import ModelConfig
 from megameta.parallel.launch import free_port
 

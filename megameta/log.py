@@ -1,6 +1,8 @@
-"""The log of a run: lines on the terminal and in RUN/logs."""
+"""What is shown while something runs: the log of a run, on the terminal and in RUN/logs, and lines of progress."""
 
 import logging
+import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -50,3 +52,31 @@ def duration(seconds: float) -> str:
     """h:mm:ss"""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+class ProgressLine:
+    """A line every few seconds of long work whose size is known: how far it is, how fast, how long it will take.
+
+    Call it with what is done so far; lines go to standard error.
+
+    Args:
+        total: of the same unit.
+        unit: its name, plural.
+        label: what the line begins with.
+        interval: seconds between lines; work that takes less prints none.
+    """
+
+    def __init__(self, total: int, unit: str, label: str = "", interval: float = 5.0) -> None:
+        self._total, self._unit, self._label, self._interval = total, unit, label, interval
+        self._began = time.monotonic()
+        self._next = self._began + interval
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now < self._next or not done:
+            return
+        self._next = now + self._interval
+        rate = done / (now - self._began)
+        left = duration((self._total - done) / rate)
+        text = f"{self._label}{done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, left {left}"
+        print(text, file=sys.stderr, flush=True)

@@ -23,9 +23,9 @@ WITHOUT_TORCH = [
     "megameta.slurm.supervise",
     "megameta.commands.status",
     "megameta.tokenizers.show",
-    "megameta.data.preprocess",
-    "megameta.data.train_tokenizer",
-    "megameta.data.inspect_dataset",
+    "megameta.corpus.preprocess",
+    "megameta.corpus.train_tokenizer",
+    "megameta.corpus.inspect_dataset",
 ]
 
 

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from megameta.data.audit.inputs import resolve
-from megameta.data.audit.manifest import verify_manifest
-from megameta.data.audit.options import CLEAN_FORMATS, DEFAULT_DROPS, DROPS, AuditOptions, load_rules
-from megameta.data.audit.run import Outcome, audit
-from megameta.data.preprocess_report import ProgressDisplay, duration, rates
-from megameta.data.readers import total_bytes
+from megameta.corpus.audit.inputs import resolve
+from megameta.corpus.audit.manifest import verify_manifest
+from megameta.corpus.audit.options import CLEAN_FORMATS, DEFAULT_DROPS, DROPS, AuditOptions, load_rules
+from megameta.corpus.audit.run import Outcome, audit
+from megameta.corpus.preprocess_report import ProgressDisplay, rates
+from megameta.corpus.readers import total_bytes
 from megameta.errors import UserError, run_tool
+from megameta.log import duration
 
 EXAMPLE = """\
 examples:

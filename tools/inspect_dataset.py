@@ -2,10 +2,10 @@
 
 import argparse
 
+from megameta.corpus.inspect_dataset import describe, first_documents, location_of, verify
 from megameta.data.indexed import IndexedDataset
-from megameta.data.inspect_dataset import describe, first_documents, location_of, verify
-from megameta.data.progress import ProgressLine
 from megameta.errors import UserError, run_tool
+from megameta.log import ProgressLine
 from megameta.tokenizers import load_tokenizer
 
 EXAMPLE = """\

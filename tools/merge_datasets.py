@@ -6,9 +6,10 @@ Takes the flags of Megatron-LM's tool of this name, and writes the bytes that it
 import argparse
 import os
 
-from megameta.data.indexed import IndexedDataset, dataset_exists, dataset_prefix, merge_datasets
-from megameta.data.progress import ProgressLine
+from megameta.corpus.indexed_writer import merge_datasets
+from megameta.data.indexed import IndexedDataset, dataset_exists, dataset_prefix
 from megameta.errors import UserError, run_tool
+from megameta.log import ProgressLine
 
 EXAMPLE = """\
 examples:

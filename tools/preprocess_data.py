@@ -6,10 +6,10 @@ import signal
 import sys
 from types import FrameType
 
-from megameta.data.hub_reader import HubDataset
-from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
-from megameta.data.preprocess_report import ProgressDisplay, summary
-from megameta.data.readers import expand_inputs, total_bytes
+from megameta.corpus.hub_reader import HubDataset
+from megameta.corpus.preprocess import PreprocessOptions, TokenizerChoice, preprocess
+from megameta.corpus.preprocess_report import ProgressDisplay, summary
+from megameta.corpus.readers import expand_inputs, total_bytes
 from megameta.errors import UserError, run_tool
 
 TYPES = ("GPT2BPETokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer")

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from megameta.data.preprocess_report import MB
-from megameta.data.train_tokenizer import train_tokenizer
+from megameta.corpus.preprocess_report import MB
+from megameta.corpus.train_tokenizer import train_tokenizer
 from megameta.errors import UserError, run_tool
 
 EXAMPLE = """\

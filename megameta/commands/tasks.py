@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megameta.data.progress import ProgressLine
+from megameta.log import ProgressLine
 from megameta.tasks.examples import read_examples, render
 from megameta.tasks.generate import Summary, TaskOptions, generate
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megameta.config import load_raw
-from megameta.data.preprocess import PreprocessOptions, TokenizerChoice, preprocess
-from megameta.data.train_tokenizer import train_tokenizer
+from megameta.corpus.preprocess import PreprocessOptions, TokenizerChoice, preprocess
+from megameta.corpus.train_tokenizer import train_tokenizer
 from megameta.errors import run_tool
 from megameta.quickstart.corpus import standard_library_documents, write_corpus
 from megameta.reproduce.scale import CorpusPart, build_part

@@ -10,8 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.index_cache import IndexCache, digest
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
 from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until

@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megameta.data.indexed import (
-    IndexedDataset,
-    IndexedDatasetWriter,
-    dataset_exists,
-    merge_datasets,
-    token_dtype,
-)
+from megameta.corpus.indexed_writer import IndexedDatasetWriter, merge_datasets
+from megameta.data.indexed import IndexedDataset, dataset_exists, token_dtype
 from megameta.errors import UserError
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}
@@ -226,7 +221,7 @@ def test_pickling_carries_the_prefix_alone(tmp_path):
 @pytest.mark.parametrize(("source", "target"), [("uint16", "int32"), ("int32", "uint16"), ("uint8", "int64")])
 def test_an_export_in_another_type(tmp_path, source, target, monkeypatch):
     """Pieces of two tokens, so that they end inside sequences."""
-    monkeypatch.setattr("megameta.data.indexed.COPY_TOKENS", 2)
+    monkeypatch.setattr("megameta.corpus.indexed_writer.COPY_TOKENS", 2)
     write(tmp_path / "a", SMALL, source)
     pieces: list[int] = []
     merge_datasets([tmp_path / "a"], tmp_path / "b", target, pieces.append)
@@ -236,7 +231,7 @@ def test_an_export_in_another_type(tmp_path, source, target, monkeypatch):
 
 
 def test_an_export_that_does_not_fit_names_the_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("megameta.data.indexed.COPY_TOKENS", 2)
+    monkeypatch.setattr("megameta.corpus.indexed_writer.COPY_TOKENS", 2)
     write(tmp_path / "a", [[[1, 2, 3]], [[70_000]]], "int32")
     with pytest.raises(UserError, match=r"a\.bin, tokens 2 on: ids from 3 to 70000 do not fit uint16"):
         merge_datasets([tmp_path / "a"], tmp_path / "b", "uint16")

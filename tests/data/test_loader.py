@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.dataset import Dataset, SampleFormat
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.loader import Batch, StepLoader, next_batch_number
 from megameta.data.samples import Corpus, SampleIndex
 from megameta.model import ModelConfig, make_context

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.counter_random import make_key, permutation
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.samples import Corpus, SampleIndex
 from megameta.errors import UserError
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from megameta.config import build_config
 from megameta.config.validate import problems
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
-from megameta.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megameta.data.indexed import IndexedDataset
 from megameta.data.samples import Corpus, DocumentSamples, SampleIndex
 from megameta.data.sources import held_out_samples, split_shares, training_data
 from megameta.errors import UserError

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from megameta.config import RunConfig, build_config
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.counter_random import make_key, stream
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.files import write_text_atomically
 from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.parallel.topology import Topology

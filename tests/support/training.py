@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megameta.config import RunConfig, build_config, settle
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.dataset import Dataset, SampleFormat
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.loader import StepLoader
 from megameta.data.samples import Corpus, SampleIndex
 from megameta.parallel.topology import Topology

@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megameta.data.train_tokenizer import train_tokenizer
+from megameta.corpus.train_tokenizer import train_tokenizer
 from megameta.errors import UserError
 from megameta.tokenizers import (
     load_gpt2_tokenizer,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megameta.config import OptimizerSection
+from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.counter_random import make_key, stream
 from megameta.data.dataset import Dataset, SampleFormat
-from megameta.data.indexed import IndexedDatasetWriter
 from megameta.data.loader import StepLoader
 from megameta.data.samples import Corpus, SampleIndex
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights

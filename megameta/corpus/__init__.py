@@ -1,0 +1,1 @@
+"""Offline work on text: readers, preprocessing, joining, inspection, audits, samples to train tokenizers on."""
