@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.model import cross_entropy_sum
-from megameta.parallel import fused_loss
-from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum
+from megameta.parallel import losses as fused_loss
+from megameta.parallel.losses import chunk_rows, fused_cross_entropy_sum
 
 
 def with_our_code(x_BTD: Tensor, weight_VD: Tensor, label_BT: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from megameta.model.attention import (
     load_flash,
 )
 from megameta.model.gpt import make_logits
-from megameta.parallel.fused_loss import fused_cross_entropy_sum
+from megameta.parallel.losses import fused_cross_entropy_sum
 from megameta.train.compile import compile_loss, missing_compiler
 
 #: Rows, width and entries of the head; length of the causal case, lengths with documents; heads.

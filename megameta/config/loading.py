@@ -79,8 +79,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def build_config(raw: dict[str, Any], source: str = "configuration", places: dict[str, str] | None = None) -> RunConfig:
-    """Typed configuration from plain values. ``places`` says where keys were given, for messages.
+def build_config(
+    raw: dict[str, Any], source: str = "configuration", locations: dict[str, str] | None = None
+) -> RunConfig:
+    """Typed configuration from plain values. ``locations`` says where keys were given, for messages.
 
     Raises:
         UserError: every unknown key (with the nearest known one) and every bad value, by key.
@@ -88,23 +90,23 @@ def build_config(raw: dict[str, Any], source: str = "configuration", places: dic
     try:
         return RunConfig.model_validate(raw)
     except pydantic.ValidationError as error:
-        problems = [_explain(problem, places or {}) for problem in error.errors()]
+        problems = [_explain(problem, locations or {}) for problem in error.errors()]
         raise UserError("\n  ".join([f"{source}: {len(problems)} problem(s)", *problems])) from error
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
     """``build_config(load_raw(path, overrides))``."""
-    return build_config(load_raw(path, overrides), str(path), key_places(path, overrides or []))
+    return build_config(load_raw(path, overrides), str(path), key_locations(path, overrides or []))
 
 
-def key_places(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, str]:
+def key_locations(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each section.key was given: a line, from 1, of the file or of one that it is based on, or an override."""
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
 
     def visit(node: yaml.Node | None, prefix: str, file: str) -> None:
         if isinstance(node, yaml.MappingNode) and prefix.count(".") < 3:
             for key_node, value_node in node.value:
-                places[f"{prefix}{key_node.value}"] = f"{file}line {key_node.start_mark.line + 1}"
+                locations[f"{prefix}{key_node.value}"] = f"{file}line {key_node.start_mark.line + 1}"
                 visit(value_node, f"{prefix}{key_node.value}.", file)
 
     def read(path: Path, file: str) -> None:
@@ -115,14 +117,14 @@ def key_places(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> d
         visit(root, "", file)
 
     read(Path(path), "")
-    return places | {override.partition("=")[0]: f"override {override}" for override in overrides}
+    return locations | {override.partition("=")[0]: f"override {override}" for override in overrides}
 
 
-def _explain(problem: Any, places: dict[str, str]) -> str:
+def _explain(problem: Any, locations: dict[str, str]) -> str:
     location = [str(part) for part in problem["loc"]]
     # an item of a list has no place of its own
     known = [".".join(location[:depth]) for depth in range(len(location), 0, -1)]
-    where = next((f"{places[key]}: " for key in known if key in places), "")
+    where = next((f"{locations[key]}: " for key in known if key in locations), "")
     return where + _explain_key(problem, ".".join(location))
 
 

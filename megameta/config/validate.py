@@ -226,8 +226,8 @@ def _pipeline(config: RunConfig) -> list[str]:
 
 def _async_save(config: RunConfig) -> list[str]:
     """Threads copy what is in memory; what is offloaded further, DeepSpeed brings in for the calling thread alone."""
-    places = {key: config.zero_options.get(key) for key in ("offload_optimizer", "offload_param")}
-    on_disk = [key for key, place in places.items() if isinstance(place, dict) and place.get("device") == "nvme"]
+    offloads = {key: config.zero_options.get(key) for key in ("offload_optimizer", "offload_param")}
+    on_disk = [key for key, target in offloads.items() if isinstance(target, dict) and target.get("device") == "nvme"]
     if not config.checkpoint.async_save or not on_disk:
         return []
     return [

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megameta.config import DataSection
-from megameta.data.meta_places import meta_positions, periodic_positions
+from megameta.data.meta_positions import meta_positions, periodic_positions
 from megameta.data.samples import Samples, Text
 from megameta.errors import UserError
 

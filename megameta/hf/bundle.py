@@ -22,7 +22,7 @@ SOURCES = (
     "model.loss",
     "model.gpt",
     "data.counter_random",
-    "data.meta_places",
+    "data.meta_positions",
     "hf.collator",
     "hf.configuration",
     "hf.cache",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from megameta.data.meta_places import meta_positions, periodic_positions
+from megameta.data.meta_positions import meta_positions, periodic_positions
 from megameta.model.loss import IGNORE_INDEX
 
 

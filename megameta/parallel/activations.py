@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from megameta.config import RunConfig, device_of
 from megameta.model import ModelConfig
 from megameta.model.attention import BY_DOCUMENT
-from megameta.parallel.fused_loss import chunk_rows
 from megameta.parallel.layout import Layout, block_weights, table_rows
+from megameta.parallel.losses import chunk_rows
 
 
 @dataclass(frozen=True)

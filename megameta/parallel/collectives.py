@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megameta.model.loss import IGNORE_INDEX
 from megameta.parallel.groups import TensorParallel
 
 
-def _all_reduce(x: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op, group=tp.group)
     return x
@@ -49,13 +48,13 @@ class _CopyToShards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.tp), None
+        return all_reduce(grad, ctx.tp), None
 
 
 class _ReduceShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        return _all_reduce(x, tp)
+        return all_reduce(x, tp)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -119,78 +118,3 @@ def scatter_sequence(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
 def split_sequence(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
     """Own rows of x, which is the same on every rank. Backward: the gradients of all rows."""
     return _SplitSequence.apply(x_BTD, tp)
-
-
-def cross_entropy_and_gradient(
-    logits_RN: Tensor, label_R: Tensor, start: int, tp: TensorParallel | None
-) -> tuple[Tensor, Tensor]:
-    """The sum of the rows' cross-entropies, and its gradient (R, N), which takes the place of the logits.
-
-    Args:
-        logits_RN: at least float32; they are overwritten. With ``tp`` this rank's columns, else all of them.
-        start: entry of the vocabulary in the first column.
-    """
-    width = logits_RN.shape[1]
-    # A rank may hold nothing but padding rows of the vocabulary.
-    top_R = logits_RN.amax(dim=1) if width else logits_RN.new_full(label_R.shape, -torch.inf)
-    if tp is not None:
-        top_R = _all_reduce(top_R, tp, dist.ReduceOp.MAX)
-    logits_RN.sub_(top_R[:, None])
-    own_R = (label_R >= start) & (label_R < start + width)
-    column_R1 = (label_R - start).masked_fill(~own_R, 0)[:, None]
-    target_R = logits_RN.gather(1, column_R1)[:, 0].masked_fill(~own_R, 0) if width else torch.zeros_like(top_R)
-    exp_RN = logits_RN.exp_()
-    sums = torch.stack((exp_RN.sum(dim=1), target_R))
-    total_R, target_R = sums if tp is None else _all_reduce(sums, tp)
-    valid_R = label_R != IGNORE_INDEX
-    # not a product with valid_R: a row without a target may hold anything, and 0 · inf is not 0
-    loss = (total_R.log() - target_R).masked_fill(~valid_R, 0).sum()
-    grad_RN = exp_RN.div_(total_R.masked_fill(~valid_R, torch.inf)[:, None])
-    if width:
-        grad_RN.scatter_add_(1, column_R1, -own_R[:, None].to(grad_RN.dtype))
-    return loss, grad_RN
-
-
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_RN: Tensor, label_R: Tensor, start: int, tp: TensorParallel) -> Tensor:
-        exact = torch.promote_types(logits_RN.dtype, torch.float32)
-        loss, grad_RN = cross_entropy_and_gradient(logits_RN.to(exact, copy=True), label_R, start, tp)
-        ctx.save_for_backward(grad_RN)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.saved_tensors[0].mul_(grad), None, None, None
-
-
-def vocabulary_argmax(logits_BTN: Tensor, start: int, tp: TensorParallel) -> Tensor:
-    """The most likely token, of the first of equals, where the logits' columns are spread over the ranks: (B, T) int64,
-    the same on every rank. Two numbers a position travel. No gradient.
-
-    Args: as of ``vocabulary_cross_entropy_sum``.
-    """
-    shape, width = logits_BTN.shape[:-1], logits_BTN.shape[-1]
-    exact = torch.promote_types(logits_BTN.dtype, torch.float32)  # gloo does not reduce all of the shorter types
-    own_BT = logits_BTN.new_full(shape, -torch.inf, dtype=exact)
-    token_BT = torch.zeros(shape, dtype=torch.int64, device=logits_BTN.device)
-    if width:  # a rank may hold nothing but padding rows of the vocabulary
-        top, token_BT = logits_BTN.max(dim=-1)
-        own_BT = top.to(exact)
-    best_BT = _all_reduce(own_BT.clone(), tp, dist.ReduceOp.MAX)
-    nobody = torch.iinfo(torch.int64).max
-    return _all_reduce(torch.where(own_BT == best_BT, token_BT + start, nobody), tp, dist.ReduceOp.MIN)
-
-
-def vocabulary_cross_entropy_sum(logits_BTN: Tensor, label_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
-    """``cross_entropy_sum`` of logits whose columns are spread over the ranks, never gathered: B · T numbers travel for
-    the largest logit, and twice as many for the sum of exponentials and the label's logit (Megatron-LM's form).
-
-    Args:
-        logits_BTN: this rank's columns; the first is entry ``start`` of the vocabulary.
-        label_BT: in full on every rank.
-
-    Returns:
-        The same scalar on every rank, in nats. Backward: each rank gets the gradient of its own columns.
-    """
-    return _VocabularyCrossEntropy.apply(logits_BTN.flatten(0, -2), label_BT.flatten(), start, tp)

@@ -11,22 +11,18 @@ import io
 import itertools
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megameta.model import Block, DocumentRuns, Embedding, Head, ModelConfig, cross_entropy_sum, make_context
+from megameta.model import Block, DocumentRuns, Embedding, Head, ModelConfig, make_context
 from megameta.model.flops import block_flops, head_flops
 from megameta.model.gpt import run_blocks
-from megameta.model.loss import IGNORE_INDEX
 from megameta.model.shapes import on_meta_device, without_kernels
-from megameta.parallel.collectives import vocabulary_argmax, vocabulary_cross_entropy_sum
-from megameta.parallel.fused_loss import fused_cross_entropy_sum
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.tensor_parallel import shard_context, vocabulary_multiple
+from megameta.parallel.losses import scaled
+from megameta.parallel.tensor_parallel import shard_context
 from megameta.parallel.topology import Topology
 
 
@@ -140,83 +136,6 @@ def pack_rows(token_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor 
 def unpack_rows(rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Inverse of ``pack_rows``."""
     return rows[0], rows[1] if len(rows) > 1 else None, rows[2] if len(rows) > 2 else None
-
-
-def loss_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits, labels) to the sum of cross-entropies, for whole or vocabulary-sharded logits."""
-    if tp is None:
-        return cross_entropy_sum
-    start = tp.rank * vocabulary_multiple(config, tp.size)
-    return lambda logits_BTN, label_BT: vocabulary_cross_entropy_sum(logits_BTN, label_BT, start, tp)
-
-
-def fused_loss_function(
-    config: ModelConfig, tp: TensorParallel | None, compiled: Callable[..., Any] | None = None
-) -> Callable[..., Tensor]:
-    """(x, weight, label_BT) to the sum of cross-entropies, for the whole vocabulary or this rank's entries."""
-    entries = vocabulary_multiple(config, tp.size if tp is not None else 1)
-    start = tp.rank * entries if tp is not None else 0
-    return partial(fused_cross_entropy_sum, start=start, tp=tp, entries=entries, compiled=compiled)
-
-
-def score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
-    """(logits, labels, groups or None, their number G) to what an evaluation sums up, float64 (3 + G,): cross-entropies
-    in nats, targets that are the most likely token, rows all of whose targets are; cross-entropies by group.
-
-    A row whose targets are an answer and its end is one that greedy decoding would answer exactly: each step of it
-    sees the answer's earlier tokens, as here.
-    """
-    loss = loss_function(config, tp)
-    start = tp.rank * vocabulary_multiple(config, tp.size) if tp is not None else 0
-
-    def score(logits_BTN: Tensor, label_BT: Tensor, group_BT: Tensor | None = None, num_groups: int = 0) -> Tensor:
-        predicted_BT = logits_BTN.argmax(dim=-1) if tp is None else vocabulary_argmax(logits_BTN, start, tp)
-        counts_BT = label_BT != IGNORE_INDEX
-        right_BT = predicted_BT == label_BT
-        exact_B = (right_BT | ~counts_BT).all(dim=1) & counts_BT.any(dim=1)
-        sums = [loss(logits_BTN, label_BT), right_BT.sum(), exact_B.sum()]
-        if group_BT is not None:
-            members = [counts_BT & (group_BT == group) for group in range(num_groups)]  # the same on all of tp's ranks
-            # a sum of no losses is left out: it would be a collective over nothing
-            sums += [
-                loss(logits_BTN[m_BT], label_BT[m_BT]) if m_BT.any() else sums[0].new_zeros(()) for m_BT in members
-            ]
-        return torch.stack([value.double() for value in sums])
-
-    return score
-
-
-def fused_score_function(config: ModelConfig, tp: TensorParallel | None) -> Callable[..., Tensor]:
-    """``score_function`` from (x, weight) in place of logits, of which those of one sequence exist at a time."""
-    score = score_function(config, tp)
-
-    def score_sequences(
-        x_BTD: Tensor, weight_ND: Tensor, label_BT: Tensor, group_BT: Tensor | None = None, num_groups: int = 0
-    ) -> Tensor:
-        groups = [None] * len(x_BTD) if group_BT is None else group_BT.split(1)
-        rows = zip(x_BTD.split(1), label_BT.split(1), groups, strict=True)
-        scores = [score(F.linear(x_1TD, weight_ND), label, group, num_groups) for x_1TD, label, group in rows]
-        return torch.stack(scores).sum(dim=0)
-
-    return score_sequences
-
-
-def loss_functions(
-    config: ModelConfig, tp: TensorParallel | None, *, fused: bool, compiled: Callable[..., Any] | None = None
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(cross-entropy, score) of logits, or where the loss is fused of (x, weight).
-
-    Args:
-        compiled: of ``fused_cross_entropy_sum``.
-    """
-    if fused:
-        return fused_loss_function(config, tp, compiled), fused_score_function(config, tp)
-    return loss_function(config, tp), score_function(config, tp)
-
-
-def scaled(loss_sum: Tensor, scale: Tensor | float) -> Tensor:
-    """The product in the loss's own type, which a scalar tensor of another type would change."""
-    return loss_sum * (scale.to(loss_sum.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class StageLoss:

@@ -17,7 +17,7 @@ from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.log import LOG
 from megameta.model import Block
-from megameta.parallel.fused_loss import loss_and_gradient
+from megameta.parallel.losses import loss_and_gradient
 from megameta.parallel.topology import Topology
 
 #: torch.compile's. Tests of layouts take one that needs no compiler.

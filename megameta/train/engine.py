@@ -19,7 +19,7 @@ from megameta.config.deepspeed import clips_itself, deepspeed_config, overlaps_r
 from megameta.data.loader import Batch
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
-from megameta.parallel.pipeline import scaled
+from megameta.parallel.losses import scaled
 from megameta.parallel.topology import Topology
 from megameta.train.clipping import Clipping
 from megameta.train.compile import as_written, compile_blocks, compile_loss

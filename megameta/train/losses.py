@@ -12,7 +12,7 @@ from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
 from megameta.model import GPT, make_context
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.pipeline import loss_functions
+from megameta.parallel.losses import loss_functions
 from megameta.parallel.tensor_parallel import shard_context
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
-from megameta.parallel.pipeline import Stage, StageLoss, loss_functions, make_pipeline, pack_rows
+from megameta.parallel.losses import loss_functions
+from megameta.parallel.pipeline import Stage, StageLoss, make_pipeline, pack_rows
 from megameta.parallel.topology import Topology
 from megameta.train.engine import Engine
 from megameta.train.losses import count_targets

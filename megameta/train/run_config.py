@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from megameta.config import RunConfig, build_config, key_places, load_raw
+from megameta.config import RunConfig, build_config, key_locations, load_raw
 from megameta.errors import UserError
 from megameta.tokenizers import Tokenizer, load_tokenizer
 
@@ -25,15 +25,15 @@ def load_run_config(
         from megameta.hf.start import start_values
 
         raw = start_values(raw, start)
-    places = key_places(path, overrides or [])
-    config = build_config(raw, str(path), places)
+    locations = key_locations(path, overrides or [])
+    config = build_config(raw, str(path), locations)
     given = raw.get("model") or {}
     filled: dict[str, Any] = {}
     if config.data.tokenizer is not None and (need_files or os.path.exists(config.data.tokenizer)):
         filled = _vocabulary(load_tokenizer(config.data.tokenizer), given, config.data.tokenizer)
     if "max_position_embeddings" not in given:
         filled["max_position_embeddings"] = config.data.sequence_length
-    return build_config({**raw, "model": {**given, **filled}}, str(path), places)
+    return build_config({**raw, "model": {**given, **filled}}, str(path), locations)
 
 
 def _vocabulary(tokenizer: Tokenizer, given: dict[str, Any], path: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megameta.parallel import collectives
+from megameta.parallel import collectives, losses
 from megameta.parallel.groups import make_groups
 from tests.support.ranks import run_ranks
 
@@ -83,10 +83,10 @@ def _everything(topology):
             start = sum(widths[: tp.rank])
             # entries behind the vocabulary's end belong to nobody: 5 a rank, as padding has it
             own = logits[..., start : start + widths[tp.rank]].clone().requires_grad_()
-            loss = collectives.vocabulary_cross_entropy_sum(own, label, start, tp)
+            loss = losses.vocabulary_cross_entropy_sum(own, label, start, tp)
             (2.5 * loss).backward()
             out[case, dtype] = (loss.detach(), own.grad)
-            out[case, dtype, "argmax"] = collectives.vocabulary_argmax(own.detach(), start, tp)
+            out[case, dtype, "argmax"] = losses.vocabulary_argmax(own.detach(), start, tp)
     return out
 
 

@@ -7,13 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megameta.model import GPT, ModelConfig, initialize_weights
+from megameta.parallel.losses import loss_function, score_function
 from megameta.parallel.pipeline import (
     Stage,
     StageLoss,
-    loss_function,
     pack_rows,
     part_costs,
-    score_function,
     stage_bounds,
     unpack_rows,
 )

@@ -226,7 +226,7 @@ def run_loss(kind: str, rows: int, width: int, entries: int) -> dict[str, Any]:
 
     from megameta.model import cross_entropy_sum
     from megameta.model.gpt import make_logits
-    from megameta.parallel.fused_loss import fused_cross_entropy_sum, loss_and_gradient
+    from megameta.parallel.losses import fused_cross_entropy_sum, loss_and_gradient
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         seen = make_recorder()

@@ -12,7 +12,7 @@ import torch
 from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.model import GPT
-from megameta.parallel.fused_loss import loss_and_gradient
+from megameta.parallel.losses import loss_and_gradient
 from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
 from megameta.train.pipeline_engine import make_engine

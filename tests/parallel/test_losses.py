@@ -8,10 +8,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megameta.model import ModelConfig, cross_entropy_sum
-from megameta.parallel import fused_loss
-from megameta.parallel.fused_loss import chunk_rows, fused_cross_entropy_sum, loss_and_gradient
+from megameta.parallel import losses as fused_loss
 from megameta.parallel.groups import TensorParallel
-from megameta.parallel.pipeline import fused_score_function, score_function
+from megameta.parallel.losses import (
+    chunk_rows,
+    fused_cross_entropy_sum,
+    fused_score_function,
+    loss_and_gradient,
+    score_function,
+)
 from tests.support.live_tensors import LiveTensors
 from tests.support.ranks import run_ranks
 
