@@ -14,10 +14,10 @@ from megameta.config import RunConfig, assume, device_of
 from megameta.config.validate import problems
 from megameta.errors import EXIT_OK, UserError
 from megameta.files import write_text_atomically
-from megameta.parallel.layout import Layout
+from megameta.plan.describe import describe, describe_layout, missing_files
+from megameta.plan.layout import Layout
 from megameta.slurm.fit import fit_exactly
 from megameta.slurm.script import Options, render
-from megameta.train.check import describe, describe_layout, missing_files
 from megameta.train.run_config import load_run_config
 
 #: Options of sbatch that follow from others of submit.

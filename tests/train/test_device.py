@@ -10,7 +10,7 @@ from megameta.errors import UserError
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.pipeline import stage_bounds
 from megameta.parallel.topology import Topology
-from megameta.train.check import describe
+from megameta.plan.describe import describe
 from megameta.train.engine import deepspeed_environment, import_deepspeed
 from megameta.train.setup import build_model
 from tests.support.commands import plain_environment, true_process

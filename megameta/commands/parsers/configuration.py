@@ -31,9 +31,11 @@ def _config_show(arguments: argparse.Namespace) -> None:
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
-    from megameta.train.check import check_config
+    from megameta.plan.describe import check_config
+    from megameta.train.run_config import load_run_config
 
-    return check_config(arguments.config, arguments.overrides, gpus=arguments.gpus)
+    config = load_run_config(arguments.config, arguments.overrides, need_files=False)
+    return check_config(config, arguments.config, gpus=arguments.gpus)
 
 
 def _config_schema(arguments: argparse.Namespace) -> None:

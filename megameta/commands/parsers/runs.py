@@ -133,14 +133,15 @@ def _extend(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megameta.commands.plan import make_plan
+    from megameta.plan.report import make_plan
+    from megameta.train.run_config import load_run_config
 
     def scaled(value: float | None, unit: float) -> float | None:
         return None if value is None else value * unit
 
     return make_plan(
-        arguments.config,
-        arguments.overrides,
+        load_run_config(arguments.config, arguments.overrides, need_files=False),
+        [arguments.config, *arguments.overrides],
         gpus=arguments.gpus,
         gpu_memory=arguments.gpu_memory,
         hardware={

@@ -11,19 +11,18 @@ from megameta.data.indexed import dataset_exists
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
 from megameta.model import GPT, ModelConfig
 from megameta.model.shapes import on_meta_device, without_kernels
-from megameta.parallel.estimate import StageEstimate, estimate
-from megameta.parallel.layout import Layout
-from megameta.parallel.traffic import GROUPS, by_group
-from megameta.train.run_config import load_run_config
+from megameta.plan.estimate import StageEstimate, estimate
+from megameta.plan.layout import Layout
+from megameta.plan.traffic import GROUPS, by_group
 
 
-def check_config(path: str, overrides: list[str], *, gpus: int | None) -> int:
+def check_config(config: RunConfig, path: str, *, gpus: int | None) -> int:
     """Print the run in a few lines, its problems and missing files; returns an exit code.
 
     Missing files are told but are no failure: a configuration is often checked far from its data.
     """
     world_size, device = (gpus, "cuda") if gpus else (1, "cpu")
-    config = assume(load_run_config(path, overrides, need_files=False), device)
+    config = assume(config, device)
     found = problems(config, world_size=world_size, device=device)
     print("\n".join(describe(config, world_size)))
     with contextlib.suppress(UserError):  # a division that fails is among the problems

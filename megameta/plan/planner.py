@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig
 from megameta.config.validate import layout_problems
-from megameta.parallel.cost import Evaluation, Hardware, evaluate
-from megameta.parallel.layout import Layout
+from megameta.plan.cost import Evaluation, Hardware, evaluate
+from megameta.plan.layout import Layout
 
 #: Share of a GPU's memory left to CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.08

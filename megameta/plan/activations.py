@@ -1,6 +1,6 @@
 """Bytes that one micro-batch keeps for its backward pass, tensor by tensor: derived from the model's code, not fitted.
 
-What autograd saves (tests/parallel/test_activations.py compares with what it did save, and with the peak of all live
+What autograd saves (tests/plan/test_activations.py compares with what it did save, and with the peak of all live
 tensors):
 
 - A norm keeps its input, its statistics and, RMSNorm, the normalised rows (CUDA's fused RMSNorm does without those).
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from megameta.config import RunConfig, device_of
 from megameta.model import ModelConfig
 from megameta.model.attention import BY_DOCUMENT
-from megameta.parallel.layout import Layout, block_weights, table_rows
 from megameta.parallel.losses import chunk_rows
+from megameta.plan.layout import Layout, block_weights, table_rows
 
 
 @dataclass(frozen=True)

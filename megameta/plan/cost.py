@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig
 from megameta.model.flops import block_flops, head_flops
-from megameta.parallel.activations import Activations, Widths, activations
-from megameta.parallel.estimate import StageEstimate, estimate, worst
-from megameta.parallel.layout import Layout
-from megameta.parallel.traffic import Transfer
+from megameta.plan.activations import Activations, Widths, activations
+from megameta.plan.estimate import StageEstimate, estimate, worst
+from megameta.plan.layout import Layout
+from megameta.plan.traffic import Transfer
 
 #: Kernels that eager PyTorch launches for a block's forward and backward pass, and again to recompute it.
 LAUNCHES, LAUNCHES_AGAIN = 180, 60

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megameta.commands.plan import make_plan, parse_memory
 from megameta.config import RunConfig, apply_overrides, assume, build_config, load_raw
 from megameta.config.validate import problems
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
-from megameta.parallel.cost import Evaluation, Hardware, evaluate, group_bandwidth
-from megameta.parallel.layout import Layout
-from megameta.parallel.planner import HEADROOM, Plan, layouts, plan, smallest_batch
-from megameta.train.check import check_config
+from megameta.plan.cost import Evaluation, Hardware, evaluate, group_bandwidth
+from megameta.plan.describe import check_config
+from megameta.plan.layout import Layout
+from megameta.plan.planner import HEADROOM, Plan, layouts, plan, smallest_batch
+from megameta.plan.report import make_plan, parse_memory
 from tests.support.commands import run_command
 from tests.support.paths import ROOT
 
@@ -161,7 +161,9 @@ def test_bad_sizes(text: str) -> None:
 
 
 def run_plan(path: str, gpus: int, *, memory: str = "80GB", limit: int = 10, json_path: str | None = None, **hardware):
-    return make_plan(path, [], gpus=gpus, gpu_memory=memory, hardware=hardware, limit=limit, json_path=json_path)
+    return make_plan(
+        read(path), [path], gpus=gpus, gpu_memory=memory, hardware=hardware, limit=limit, json_path=json_path
+    )
 
 
 def test_printed_table_and_json(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -184,7 +186,9 @@ def test_the_command_is_of_the_run_that_was_asked_about(capsys: pytest.CaptureFi
     """What was given stays in it, it starts as many processes, and validate lets it start."""
     given = ["train.precision=fp16", "data.sequence_length=512"]
     for gpus, start in ((8, "megameta train"), (32, "torchrun --nnodes 4 --nproc-per-node 8")):
-        make_plan(PAPER, given, gpus=gpus, gpu_memory="80GB", hardware={}, limit=99, json_path=None)
+        make_plan(
+            read(PAPER, given), [PAPER, *given], gpus=gpus, gpu_memory="80GB", hardware={}, limit=99, json_path=None
+        )
         out = capsys.readouterr().out
         command = out.strip().splitlines()[-1]
         assert command.strip().startswith(start) and " ".join(given) in command
@@ -226,16 +230,18 @@ def test_hardware_is_checked() -> None:
 
 def test_config_check_prints_the_layout(capsys: pytest.CaptureFixture) -> None:
     overrides = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "train.micro_batch_size=4"]
-    assert check_config(PAPER, overrides, gpus=16) == 0
+    assert check_config(read(PAPER, overrides), PAPER, gpus=16) == 0
     out = capsys.readouterr().out
     assert "stage 0  embedding, blocks 0–5: ranks [0–1] [2–3] [4–5] [6–7]" in out
     assert "stage 1  blocks 6–11, head: ranks [8–9]" in out
     for group in ("tensor", "pipeline", "data", "embedding"):
         assert re.search(rf"stage 0\s+{group}\s+[0-9.]+", out), group
     assert "rope, meta-attention on\n" in out
-    assert check_config(PAPER, [*overrides, "model.meta_layers=[5, 0]"], gpus=16) == 0
+    assert check_config(read(PAPER, [*overrides, "model.meta_layers=[5, 0]"]), PAPER, gpus=16) == 0
     assert "rope, meta-attention in layers 0, 5\n" in capsys.readouterr().out
-    assert check_config(PAPER, [], gpus=1024) == 1  # 480 sequences for 1024 ranks: a problem, and no layout
+    assert (
+        check_config(read(PAPER, []), PAPER, gpus=1024) == 1
+    )  # 480 sequences for 1024 ranks: a problem, and no layout
     assert "not a multiple" in capsys.readouterr().out
 
 

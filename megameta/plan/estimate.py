@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from megameta.config import RunConfig, device_of
 from megameta.config.deepspeed import REDUCE_BUCKET, overlaps_reduction, zero_option
-from megameta.parallel.activations import Activations, Widths, activations
-from megameta.parallel.layout import (
+from megameta.plan.activations import Activations, Widths, activations
+from megameta.plan.layout import (
     Layout,
     Weights,
     stage_blocks,
     stage_weights,
 )
-from megameta.parallel.traffic import Transfer, live_parameters, transfers
+from megameta.plan.traffic import Transfer, live_parameters, transfers
 
 
 @dataclass(frozen=True)

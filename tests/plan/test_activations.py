@@ -8,9 +8,9 @@ import torch
 from megameta.config import RunConfig, build_config
 from megameta.model import GPT, cross_entropy_sum, make_context
 from megameta.parallel import losses as fused_loss
-from megameta.parallel.activations import activations
-from megameta.parallel.layout import Layout
 from megameta.parallel.losses import fused_cross_entropy_sum
+from megameta.plan.activations import activations
+from megameta.plan.layout import Layout
 from tests.support.live_tensors import LiveTensors, SavedTensors
 
 BASE = {"vocab_size": 700, "hidden_size": 128, "num_layers": 3, "num_heads": 4}

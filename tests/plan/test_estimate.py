@@ -8,12 +8,12 @@ import torch
 from megameta.config import RunConfig, load_config
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
-from megameta.parallel.activations import activations
-from megameta.parallel.estimate import StageEstimate, estimate, worst
-from megameta.parallel.layout import Layout, stage_blocks, stage_weights, zero_stage
 from megameta.parallel.pipeline import Stage
 from megameta.parallel.tensor_parallel import PARTIAL_BY_HEADS, PARTIAL_BY_ROWS, kind_of, shard_dim
-from megameta.parallel.traffic import Transfer
+from megameta.plan.activations import activations
+from megameta.plan.estimate import StageEstimate, estimate, worst
+from megameta.plan.layout import Layout, stage_blocks, stage_weights, zero_stage
+from megameta.plan.traffic import Transfer
 from tests.support.ranks import run_ranks
 from tests.support.steps import observe, step_config
 

@@ -10,12 +10,11 @@ from typing import Any
 from megameta.config import RunConfig, assume
 from megameta.config.derived import step_flops
 from megameta.errors import EXIT_FAILURE, EXIT_OK, UserError
-from megameta.parallel.cost import Evaluation, Hardware
-from megameta.parallel.estimate import worst
-from megameta.parallel.layout import Layout, stage_weights
-from megameta.parallel.planner import HEADROOM, Plan, plan, smallest_batch
-from megameta.parallel.traffic import GROUPS, by_group
-from megameta.train.run_config import load_run_config
+from megameta.plan.cost import Evaluation, Hardware
+from megameta.plan.estimate import worst
+from megameta.plan.layout import Layout, stage_weights
+from megameta.plan.planner import HEADROOM, Plan, plan, smallest_batch
+from megameta.plan.traffic import GROUPS, by_group
 
 #: Below this share of the peak a layout is called wasteful.
 WASTEFUL = 0.2
@@ -25,8 +24,8 @@ _UNITS = {"": 1e9, "g": 1e9, "gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**2
 
 
 def make_plan(
-    path: str,
-    overrides: list[str],
+    config: RunConfig,
+    words: list[str],
     *,
     gpus: int,
     gpu_memory: str,
@@ -37,10 +36,11 @@ def make_plan(
     """Print the best layouts; returns an exit code.
 
     Args:
+        words: configuration file and overrides, as the person gave them.
         hardware: values that replace the defaults of ``Hardware``, in its units; None leaves the default.
         json_path: also write the layouts there.
     """
-    config = assume(load_run_config(path, overrides, need_files=False), "cuda")
+    config = assume(config, "cuda")
     if gpus < 1 or limit < 1:
         raise UserError("--gpus and --limit: numbers of at least 1")
     memory = parse_memory(gpu_memory)
@@ -53,7 +53,7 @@ def make_plan(
         print(why_nothing_fits(config, found, gpus, memory, machine))
         return EXIT_FAILURE
     print(_table(config, found.best[:limit], machine))
-    print(_advice(config, [path, *overrides], found, machine, memory, limit))
+    print(_advice(config, words, found, machine, memory, limit))
     return EXIT_OK
 
 

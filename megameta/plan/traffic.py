@@ -19,8 +19,8 @@ from typing import Literal
 from megameta.config import RunConfig
 from megameta.config.deepspeed import zero_option
 from megameta.model import ModelConfig
-from megameta.parallel.activations import Widths
-from megameta.parallel.layout import Layout, Weights, block_weights, stage_weights, table_rows
+from megameta.plan.activations import Widths
+from megameta.plan.layout import Layout, Weights, block_weights, stage_weights, table_rows
 
 Group = Literal["tensor", "pipeline", "data", "embedding"]
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
