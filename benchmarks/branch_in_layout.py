@@ -21,10 +21,10 @@ from engine_overhead import random_batch
 from paired import HEADER, ON_THE_WALL, measure, ratio
 from step_time import PRESETS
 
+from megameta.cluster.launch import initialize_process_group, make_topology, pick_device
 from megameta.config import RunConfig, build_config
 from megameta.config.loading import apply_overrides
 from megameta.model.flops import forward_flops
-from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
 from megameta.train.loop import describe_layout
 from megameta.train.pipeline_engine import make_engine
 

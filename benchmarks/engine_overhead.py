@@ -16,10 +16,10 @@ import torch
 from paired import CLOCK, HEADER, measure, ratio, seconds
 from step_time import make_batch
 
+from megameta.cluster.launch import initialize_process_group, make_topology
 from megameta.config import RunConfig, build_config
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
-from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.train.compile import compile_blocks
 from megameta.train.engine import Engine
 from megameta.train.losses import LossModule

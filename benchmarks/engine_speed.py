@@ -20,9 +20,9 @@ import torch
 from paired import HEADER, ON_THE_WALL, measure, ratio
 from sides import Side, write_random_dataset, write_run
 
+from megameta.cluster.machine import measure_peak_flops
 from megameta.config.derived import step_flops
 from megameta.model import ModelConfig
-from megameta.train.metrics import measure_peak_flops
 from megameta.train.run_config import load_run_config
 
 #: Model, micro-batch size, accumulation steps.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megameta.train.metrics import measure_peak_flops
+from megameta.cluster.machine import measure_peak_flops
 
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "transformers", "numpy")
 #: Bytes of a copy, by device.

@@ -56,7 +56,7 @@ def peak_resident() -> int:
 
 def ours(settings: dict[str, Any], gate: Gate) -> None:
     """The engine under DeepSpeed, with the loader of a run."""
-    from megameta.parallel.launch import initialize_process_group, make_topology
+    from megameta.cluster.launch import initialize_process_group, make_topology
     from megameta.train.data import PretrainingData
     from megameta.train.pipeline_engine import make_engine
     from megameta.train.run_config import load_run_config

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from engine_overhead import make_config, random_batch
 
-from megameta.parallel.launch import initialize_process_group, make_topology
+from megameta.cluster.launch import initialize_process_group, make_topology
 from megameta.train.engine import Engine
 
 #: Module path in the model → part. A module that is not named counts to the one around it.

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megameta.cluster.launch import free_port
 from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.model import ModelConfig
-from megameta.parallel.launch import free_port
 
 #: A process group of one.
 ALONE = {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

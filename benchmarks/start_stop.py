@@ -139,7 +139,7 @@ def timed_trainer(run: Any, topology: Any) -> Any:
 
 def stalls(config: str, saves: int, overrides: list[str]) -> dict[str, Any]:
     """Seconds that training waits at saves of either kind, and of steps beside a writing thread and without one."""
-    from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
+    from megameta.cluster.launch import initialize_process_group, make_topology, pick_device
     from megameta.train.run_config import load_run_config
 
     run = load_run_config(

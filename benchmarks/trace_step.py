@@ -20,8 +20,8 @@ import torch
 from engine_speed import SHAPES
 from sides import ALONE, write_random_dataset, write_run
 
+from megameta.cluster.launch import free_port
 from megameta.model import ModelConfig
-from megameta.parallel.launch import free_port
 
 WARMUP, STEPS, ROWS = 3, 2, 25
 #: What a host that waits for a device calls.
@@ -30,7 +30,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 def profile(arguments: argparse.Namespace, folder: Path) -> tuple[Any, float]:
     """(the profiler's record, seconds of its steps on the wall)."""
-    from megameta.parallel.launch import initialize_process_group, make_topology
+    from megameta.cluster.launch import initialize_process_group, make_topology
     from megameta.train.data import PretrainingData
     from megameta.train.engine import Engine
     from megameta.train.run_config import load_run_config

@@ -21,6 +21,10 @@ class UserError(Exception):
     """
 
 
+class Superseded(UserError):
+    """A newer attempt of the run has started, and the run directory is its own: ``EXIT_LOST``."""
+
+
 class MachineError(UserError):
     """A fault of one machine that not all ranks there have: the rank that has it says so itself."""
 

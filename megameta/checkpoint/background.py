@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megameta.attempt import Attempt
-from megameta.checkpoint.ranks import Ranks
+from megameta.checkpoint.ranks import Attempt, Ranks
 from megameta.checkpoint.save import (
     Share,
     ShareResult,

@@ -1,4 +1,7 @@
-"""What saving and opening ask of the processes around them. ``megameta.parallel.topology.Topology`` fits."""
+"""What saving and opening ask of the processes around them, and of the start of a run that they belong to.
+
+``megameta.parallel.topology.Topology`` and ``megameta.cluster.attempt.Attempt`` fit.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -18,6 +21,17 @@ class Ranks(Protocol):
     @property
     def world_size(self) -> int:
         """Number of processes."""
+
+
+class Attempt(Protocol):
+    """One of the starts of a run."""
+
+    @property
+    def number(self) -> int:
+        """Files are written in a directory of this number until they have their name."""
+
+    def check(self) -> None:
+        """Raise Superseded where a newer start has the run directory."""
 
 
 @dataclass(frozen=True)

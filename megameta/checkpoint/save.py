@@ -16,13 +16,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint.manifest import CONFIG, KINDS, MANIFEST, TRAINER, Manifest, tensor_file_name
-from megameta.checkpoint.ranks import Alone, Ranks, exchange, from_main
+from megameta.checkpoint.ranks import Alone, Attempt, Ranks, exchange, from_main
 from megameta.checkpoint.store import TrainerState
 from megameta.checkpoint.tensor_file import TensorWriter, entry_of
 from megameta.config import RunConfig, build_config
-from megameta.errors import UserError
+from megameta.errors import Superseded, UserError
 from megameta.files import replace_directory, sync, write_synced
 from megameta.model import ModelConfig
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from megameta.analysis.findings import Finding
 from megameta.analysis.registry import ANALYSES, Options
 from megameta.analysis.report import PAGE, check_output, write_report
+from megameta.cluster.launch import pick_device
+from megameta.cluster.machine import machine_facts
 from megameta.commands.evaluate import load_source
 from megameta.config import RunConfig
 from megameta.config.validate import validate
 from megameta.errors import UserError
 from megameta.log import duration
-from megameta.parallel.launch import pick_device
-from megameta.quickstart.facts import machine_facts
 
 if TYPE_CHECKING:
     from megameta.analysis.subject import Subject

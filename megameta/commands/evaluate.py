@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megameta.checkpoint import open_checkpoint
+from megameta.cluster.launch import pick_device
 from megameta.config import RunConfig, apply_overrides, build_config
 from megameta.config.validate import validate
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
-from megameta.parallel.launch import pick_device
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator, PositionResult
 from megameta.train.losses import LossModule, make_scores, sum_scores

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megameta.cluster.launch import pick_device
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
-from megameta.parallel.launch import pick_device
 from megameta.tokenizers import Tokenizer, load_tokenizer
 
 

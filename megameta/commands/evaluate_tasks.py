@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megameta.cluster.launch import pick_device
 from megameta.commands.evaluate import load_source
 from megameta.files import write_text_atomically
-from megameta.parallel.launch import pick_device
 from megameta.tasks.score import Cell, score_cells
 from megameta.train.losses import LossModule
 from megameta.train.setup import build_model

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from megameta.cluster.launch import pick_device
 from megameta.commands.evaluate_harness import make_policy
 from megameta.errors import UserError
 from megameta.hf.insertion import MetaTokenInserter, left_padded
 from megameta.hf.load import load_causal_lm
-from megameta.parallel.launch import pick_device
 from megameta.tokenizers import load_tokenizer
 
 

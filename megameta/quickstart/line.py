@@ -11,11 +11,11 @@ from pathlib import Path
 
 from megameta import __version__
 from megameta.checkpoint.store import write_text_atomically
+from megameta.cluster.machine import machine_facts
 from megameta.config import RunConfig, load_config
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.quickstart import checks, open_export
 from megameta.quickstart.corpus import standard_library_documents, write_corpus
-from megameta.quickstart.facts import count_processes, machine_facts
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report
 from megameta.quickstart.stages import Commands, Stage, StageRunner, Stopped, shown
 from megameta.train.metrics import read_metrics
@@ -204,3 +204,12 @@ def _relative(path: str) -> str:
     """A path as short as the working directory allows."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def count_processes(global_batch_size: int) -> int:
+    """Two processes on a CPU; else one a GPU, as many of them as divide the batch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 2
+    return max(n for n in range(1, torch.cuda.device_count() + 1) if global_batch_size % n == 0)

@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Iterable, Sequence
 
-from megameta.quickstart.facts import machine_facts
+from megameta.cluster.machine import machine_facts
 from megameta.quickstart.report import table
 from megameta.reproduce import paper
 from megameta.reproduce.arms import ARMS, COMPARISONS

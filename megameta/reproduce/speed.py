@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from megameta.cluster.launch import pick_device
 from megameta.config import build_config, load_raw
 from megameta.errors import run_tool
 from megameta.files import write_text_atomically
 from megameta.model import GPT
 from megameta.model.cache import DecodingCache
 from megameta.model.context import make_context
-from megameta.parallel.launch import pick_device
 from megameta.quickstart.report import table
 from megameta.reproduce import paper
 from megameta.reproduce.arms import ARMS, Arm

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megameta.attempt import Attempt, Superseded
 from megameta.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -24,12 +23,17 @@ from megameta.checkpoint import (
 )
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.store import point_latest, step_name, step_of
+from megameta.cluster.attempt import Attempt
+from megameta.cluster.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
+from megameta.cluster.machine import measure_peak_flops
+from megameta.cluster.session import RunSession, open_run
+from megameta.cluster.stop import StopRequest
 from megameta.config import RunConfig
 from megameta.config.deepspeed import zero_stage
 from megameta.config.derived import step_flops
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
-from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, Superseded, UserError
 from megameta.files import write_text_atomically
 from megameta.log import LOG, duration
 from megameta.model import Attention
@@ -37,14 +41,11 @@ from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import StepDisplay
 from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
-from megameta.train.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
-from megameta.train.metrics import MetricsFile, TensorBoard, measure_peak_flops
+from megameta.train.metrics import MetricsFile, TensorBoard
 from megameta.train.pipeline_engine import make_engine
-from megameta.train.place import RunPlace, open_run
 from megameta.train.replicas import check_replicas
 from megameta.train.schedule import learning_rate
 from megameta.train.setup import initial_weights, settle_on
-from megameta.train.stop import StopRequest
 
 
 class Trainer:
@@ -56,15 +57,15 @@ class Trainer:
         topology: Topology,
         make_data: Callable[[RunConfig, Topology], RunData] = PretrainingData,
         make_probe: MakeProbe | None = None,
-        place: RunPlace | None = None,
+        session: RunSession | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
         self.directory = Path(config.run.dir)
         self.checkpoints = self.directory / "checkpoints"
-        self._owns_place = place is None
-        self.place = place if place is not None else open_run(config, topology)
+        self._owns_session = session is None
+        self.session = session if session is not None else open_run(config, topology)
         self.stop = stop if stop is not None else StopRequest()
         checkpoint = self._find_checkpoint()
         self.config = config = settle_on(config, topology, checkpoint.config if checkpoint else None)
@@ -88,7 +89,7 @@ class Trainer:
             self.engine.load_loss_scale(self.state.loss_scale)
         if self.saver is not None:
             self.engine.before_update = self.saver.wait_for_copies
-        self.place.monitor.groups = {
+        self.session.monitor.groups = {
             "world": dist.group.WORLD,
             "data": self.engine.groups.data,
             "tensor": self.engine.groups.layers.group,
@@ -128,7 +129,7 @@ class Trainer:
             LOG.info("going on from %s", checkpoint.path)
         elif start := config.init.from_hf or config.init.from_checkpoint:
             LOG.info("weights from %s", start)
-        if (heartbeat := self.place.monitor.heartbeat) is not None:
+        if (heartbeat := self.session.monitor.heartbeat) is not None:
             heartbeat.step = heartbeat.saved_step = self.state.step
 
     def _open_records(self) -> None:
@@ -139,7 +140,7 @@ class Trainer:
             return
         config = self.config
         write_text_atomically(self.directory / "config.yaml", config.to_yaml())
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step, self.place.attempt)
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step, self.session.attempt)
         if config.log.tensorboard:
             self.tensorboard = TensorBoard(self.directory / "tensorboard", self.state.step)
 
@@ -159,8 +160,8 @@ class Trainer:
             return code
         finally:
             self._close()
-            if self._owns_place:
-                self.place.close(phase)
+            if self._owns_session:
+                self.session.close(phase)
 
     def _train(self) -> int:
         config, topology = self.config, self.topology
@@ -237,8 +238,8 @@ class Trainer:
             targets=state.targets + result.num_targets,
             optimizer_step=state.optimizer_step + int(result.applied),
         )
-        self.place.monitor.progress()
-        self.place.slow_ranks.add(self.engine.forward_seconds)
+        self.session.monitor.progress()
+        self.session.slow_ranks.add(self.engine.forward_seconds)
         seconds = time.perf_counter() - start
         self._durations.append(seconds)
         record: dict[str, Any] = {
@@ -270,14 +271,14 @@ class Trainer:
             typical = statistics.median(self._durations)
             speed, left = slots / typical, typical * (num_steps - step)
             self.display.step(step, record["loss"], record["lr"], speed, left)
-            if (heartbeat := self.place.monitor.heartbeat) is not None:
+            if (heartbeat := self.session.monitor.heartbeat) is not None:
                 heartbeat.step = step
                 heartbeat.numbers = {"loss": record["loss"], "tokens_per_second": speed, "eta_seconds": left}
 
     def _enter(self, phase: str) -> None:
         """Something else than before begins: for the heartbeat and the watchdog."""
-        self.place.monitor.progress()
-        if (heartbeat := self.place.monitor.heartbeat) is not None:
+        self.session.monitor.progress()
+        if (heartbeat := self.session.monitor.heartbeat) is not None:
             heartbeat.phase, heartbeat.step = phase, self.state.step
 
     def _evaluate(self, sets: list[str]) -> None:
@@ -326,7 +327,7 @@ class Trainer:
         state = replace(
             self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
         )
-        path, attempt = self.checkpoints / step_name(state.step), self.place.attempt
+        path, attempt = self.checkpoints / step_name(state.step), self.session.attempt
         self._complete_save()  # the one before, where threads take longer than checkpoint.interval
         self._enter(SAVING)
         if self.saver is not None:
@@ -351,7 +352,7 @@ class Trainer:
             try:
                 if self.metrics:
                     self.metrics.sync()  # after a power cut, too, it reaches to the step that the run goes on from
-                self._publish(path, self.place.attempt)
+                self._publish(path, self.session.attempt)
             except Superseded as error:
                 failure = [error]
             except (OSError, UserError) as error:
@@ -365,7 +366,7 @@ class Trainer:
         """Make a saved checkpoint the newest, and remove what it replaces."""
         attempt.check()
         point_latest(path)
-        if (heartbeat := self.place.monitor.heartbeat) is not None:
+        if (heartbeat := self.session.monitor.heartbeat) is not None:
             heartbeat.saved_step = step_of(path)
         attempt.check()
         keep = self.config.checkpoint.keep

@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megameta.attempt import Attempt
+from megameta.cluster.attempt import Attempt
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
 
@@ -83,26 +81,3 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
-
-
-def measure_peak_flops(device: str, precision: str, seconds: float = 0.3) -> float:
-    """The matrix-product rate of this process's device in flop/s: the best of repeated square products.
-
-    Utilisation is stated against this rather than a data sheet, so that it means something on a CPU too.
-    """
-    size = 8192 if device.startswith("cuda") else 768
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    best, end = 0.0, time.perf_counter() + seconds
-    for repeat in range(1000):
-        start = time.perf_counter()
-        a @ b
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        if repeat > 1:  # the first ones warm up
-            best = max(best, 2 * size**3 / (now - start))
-        if now > end and repeat > 4:
-            break
-    return best

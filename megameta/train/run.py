@@ -14,22 +14,22 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megameta.attempt import MISTAKE, SUPERSEDED, Superseded
+from megameta.cluster.attempt import MISTAKE, SUPERSEDED
+from megameta.cluster.heartbeat import FAILED, PHASE_OF
+from megameta.cluster.launch import initialize_process_group, make_topology, pick_device
+from megameta.cluster.liveness import gather_hosts
+from megameta.cluster.preflight import check_nodes
+from megameta.cluster.session import RunSession, open_run
+from megameta.cluster.stop import StopRequest
 from megameta.config import RunConfig
 from megameta.config.validate import validate
-from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, UserError
+from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, Superseded, UserError
 from megameta.log import show_log
-from megameta.parallel.launch import initialize_process_group, make_topology, pick_device
-from megameta.parallel.liveness import gather_hosts
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, RunData
 from megameta.train.determinism import use_deterministic_kernels
-from megameta.train.heartbeat import FAILED, PHASE_OF
 from megameta.train.loop import Trainer
-from megameta.train.place import RunPlace, open_run
-from megameta.train.preflight import check_nodes
 from megameta.train.run_config import load_run_config
-from megameta.train.stop import StopRequest
 
 #: What gloo and the store say where the process at the other end is gone.
 _LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed")
@@ -57,42 +57,42 @@ def train(
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     stop = StopRequest() if stop is None else stop
     stop.listen()
-    place: RunPlace | None = None
+    session: RunSession | None = None
     try:
         config = load_run_config(path, overrides)
         topology = _join(config)
-        place = open_run(config, topology)
-        check_nodes(config, topology, place.hosts)
-        code = Trainer(config, topology, make_data, make_probe, place, stop).run()
-        place.close(PHASE_OF[code])
+        session = open_run(config, topology)
+        check_nodes(config, topology, session.hosts)
+        code = Trainer(config, topology, make_data, make_probe, session, stop).run()
+        session.close(PHASE_OF[code])
         dist.barrier()  # nobody leaves while another rank is still in a collective
         _leave(code)
     except UserError as error:
-        _refuse(error, place)
+        _refuse(error, session)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             what = f"{error.filename or 'the run directory'}: {error.strerror}"
-            _refuse(UserError(f"{what}; free space, or set run.dir to a place that can be written"), place)
-        if not isinstance(error, RuntimeError) or not (_LOST.search(str(error)) or _has_been_said(place)):
+            _refuse(UserError(f"{what}; free space, or set run.dir to a session that can be written"), session)
+        if not isinstance(error, RuntimeError) or not (_LOST.search(str(error)) or _has_been_said(session)):
             traceback.print_exc()
-        elif not _has_been_said(place):
-            _wait_for_a_name(place)
+        elif not _has_been_said(session):
+            _wait_for_a_name(session)
             # A rank that was killed has no message. Which, and of what, its launcher knows.
             if _may_speak(error):
                 rank = os.environ.get("RANK", "0")
                 print(f"rank {rank} leaves: another rank has ended{_where(error)}", file=sys.stderr, flush=True)
-        _end(place)
+        _end(session)
         _leave(EXIT_FAILURE)  # a collective broke off because a rank has left
 
 
-def _refuse(error: UserError, place: RunPlace | None) -> NoReturn:
+def _refuse(error: UserError, session: RunSession | None) -> NoReturn:
     """Say what is wrong, if this rank is the one to say it, and leave."""
     code = EXIT_LOST if isinstance(error, Superseded) else EXIT_FAILURE
     if _may_speak(error):
-        if place is not None:
-            place.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
+        if session is not None:
+            session.attempt.note_end(SUPERSEDED if code == EXIT_LOST else MISTAKE, str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
-    _end(place)
+    _end(session)
     _leave(code)
 
 
@@ -133,21 +133,21 @@ def _join(config: RunConfig) -> Topology:
     return topology
 
 
-def _end(place: RunPlace | None) -> None:
+def _end(session: RunSession | None) -> None:
     """Leave after a failure."""
-    if place is not None:
-        place.close(FAILED)
+    if session is not None:
+        session.close(FAILED)
     _let_others_leave()
 
 
-def _wait_for_a_name(place: RunPlace | None) -> None:
+def _wait_for_a_name(session: RunSession | None) -> None:
     """A collective broke off. If that was because a node is gone, the watch over the nodes will say which one, and end
     this process; it needs its time of silence for that. Another rank's message ends the wait, too."""
-    watch = place.liveness if place is not None else None
+    watch = session.liveness if session is not None else None
     if watch is None:
         return
     end = time.monotonic() + watch.limit + 5
-    while time.monotonic() < end and not _has_been_said(place):
+    while time.monotonic() < end and not _has_been_said(session):
         time.sleep(0.2)
 
 
@@ -169,13 +169,13 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _has_been_said(place: RunPlace | None) -> bool:
+def _has_been_said(session: RunSession | None) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     try:
         return dist.distributed_c10d._get_default_store().add("megameta/error", 0) > 0
     except RuntimeError:  # the store went with its rank, which has spoken, unless its node went with it
-        watch = place.liveness if place is not None else None
+        watch = session.liveness if session is not None else None
         return watch is None or watch.has_left(0)
 
 

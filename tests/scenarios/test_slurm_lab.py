@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megameta.attempt import how_it_ended, newest_attempt
-from megameta.commands.status import run_status
+from megameta.cluster.attempt import how_it_ended, newest_attempt
+from megameta.cluster.status import run_status
 from tests.scenarios.lab import Lab, read_logs, why_not
 from tests.support.paths import ROOT
 from tests.support.runs import hashes, last_step, latest_step, records

@@ -21,7 +21,7 @@ from tests.support.server import ROOT, leave
 
 def run_program(program: str, arguments: Sequence[str]) -> int:
     """As ``python -m PROGRAM …`` (megameta, megameta.x) or ``python tools/x.py …`` from the root; the exit code."""
-    from megameta.parallel import launch
+    from megameta.cluster import launch
     from megameta.quickstart import stages
     from megameta.reproduce import jobs
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from megameta.cluster.launch import initialize_process_group, make_topology
 from megameta.config import RunConfig, build_config
 from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.counter_random import make_key, stream
 from megameta.files import write_text_atomically
-from megameta.parallel.launch import initialize_process_group, make_topology
 from megameta.parallel.topology import Topology
 from megameta.train.pipeline_engine import make_engine
 from megameta.train.setup import settle_on

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from megameta.cluster.launch import GRACE_SECONDS
 from megameta.log import duration
-from megameta.parallel.launch import GRACE_SECONDS
 from tests.support.killed_run import KEEP, RANKS, Run
 from tests.support.runs import last_step
 from tests.support.training import tiny_values, write_corpus

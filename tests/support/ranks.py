@@ -115,7 +115,7 @@ def _rank(
         import torch
         import torch.distributed as dist
 
-        from megameta.parallel.launch import initialize_process_group
+        from megameta.cluster.launch import initialize_process_group
         from megameta.parallel.topology import Topology
 
         torch.set_num_threads(1)

@@ -1,6 +1,5 @@
 """RUN/metrics.jsonl through kills and resumes, and the measures of speed."""
 
-import itertools
 import json
 import os
 from functools import partial
@@ -13,8 +12,8 @@ from megameta.config.derived import step_flops
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
 from megameta.parallel.topology import Topology
-from megameta.train import loop, metrics
-from megameta.train.metrics import MetricsFile, measure_peak_flops, read_metrics
+from megameta.train import loop
+from megameta.train.metrics import MetricsFile, read_metrics
 from tests.support.training import tiny_config
 
 
@@ -50,7 +49,7 @@ def test_the_lines_are_on_the_disk_before_latest_names_their_checkpoint(tmp_path
     trainer = SimpleNamespace(
         state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path, saver=None
     )
-    trainer.place = SimpleNamespace(attempt=attempt, monitor=SimpleNamespace(heartbeat=None))
+    trainer.session = SimpleNamespace(attempt=attempt, monitor=SimpleNamespace(heartbeat=None))
     trainer._enter = lambda phase: None
     trainer._publish = partial(loop.Trainer._publish, trainer)
     trainer._publish_together = partial(loop.Trainer._publish_together, trainer)
@@ -97,12 +96,3 @@ def test_flops_of_a_step():
     config = tiny_config("x")
     one = forward_flops(config.model, 32, 4)
     assert step_flops(config) == 3 * 8 * one
-
-
-def test_the_peak_is_the_best_rate_after_the_warm_up(monkeypatch):
-    """On a clock of the test's: the first two products are the fastest, and do not count."""
-    seconds = [0.125, 0.125, 1.0, 0.25, 2.0, 0.5]
-    marks = itertools.accumulate(itertools.chain([0.0], *([0.0, each] for each in seconds)))
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(marks)))
-    assert measure_peak_flops("cpu", "fp32", seconds=3.0) == 2 * 768**3 / 0.25
-    assert next(marks, None) is None, "as many as there is time for"

@@ -102,8 +102,9 @@ def _add_fit(parts: Commands) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from megameta.slurm.script import Options
-    from megameta.slurm.submit import further_options, submit
+    from megameta.cluster.slurm.script import Options
+    from megameta.cluster.slurm.submit import further_options, submit
+    from megameta.train.run_config import load_run_config
 
     more = {option: getattr(arguments, option.replace("-", "_")) for option in COMMON}
     options = Options(
@@ -119,7 +120,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         env=arguments.env,
         more={**{k: v for k, v in more.items() if v is not None}, **further_options(arguments.sbatch)},
     )
-    return submit(arguments.config, arguments.overrides, options, chain=arguments.chain, dry_run=arguments.dry_run)
+    config = load_run_config(arguments.config, arguments.overrides, need_files=False)
+    how = {"chain": arguments.chain, "dry_run": arguments.dry_run}
+    return submit(config, arguments.config, arguments.overrides, options, **how)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -129,8 +132,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
+    from megameta.cluster.slurm.fit import fit, granted
     from megameta.config import device_of
-    from megameta.slurm.fit import fit, granted
     from megameta.train.run_config import load_run_config
 
     config = load_run_config(arguments.config, arguments.overrides)
@@ -144,12 +147,12 @@ def _fit(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from megameta.slurm.supervise import run_job
+    from megameta.cluster.slurm.supervise import run_job
 
     return run_job(Path(arguments.run_dir), arguments.ranks, chain=arguments.chain)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from megameta.commands.status import show_status
+    from megameta.cluster.status import show_status
 
     return show_status(arguments.run_dir, as_json=arguments.json)

@@ -8,7 +8,7 @@ from megameta.commands.parsers.common import Commands, add_config_arguments
 from megameta.errors import UserError
 
 if TYPE_CHECKING:
-    from megameta.train.stop import StopRequest
+    from megameta.cluster.stop import StopRequest
 
 
 def add_runs(commands: Commands) -> None:
@@ -110,7 +110,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _launch(command: str, arguments: argparse.Namespace) -> int:
-    from megameta.parallel.launch import launch_local, pick_device
+    from megameta.cluster.launch import launch_local, pick_device
 
     count = _process_count(arguments.nproc_per_node, pick_device("auto"))
     return launch_local([command, arguments.config, *arguments.overrides], count)
@@ -118,7 +118,7 @@ def _launch(command: str, arguments: argparse.Namespace) -> int:
 
 def _listen() -> "StopRequest":
     """Before torch is imported, which may take a minute from a busy file system: a signal would kill the rank."""
-    from megameta.train.stop import StopRequest
+    from megameta.cluster.stop import StopRequest
 
     stop = StopRequest()
     stop.listen()

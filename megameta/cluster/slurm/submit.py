@@ -10,15 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from megameta.cluster.slurm.fit import fit_exactly
+from megameta.cluster.slurm.script import Options, render
 from megameta.config import RunConfig, assume, device_of
 from megameta.config.validate import problems
 from megameta.errors import EXIT_OK, UserError
 from megameta.files import write_text_atomically
 from megameta.plan.describe import describe, describe_layout, missing_files
 from megameta.plan.layout import Layout
-from megameta.slurm.fit import fit_exactly
-from megameta.slurm.script import Options, render
-from megameta.train.run_config import load_run_config
 
 #: Options of sbatch that follow from others of submit.
 OWN = {
@@ -28,14 +27,18 @@ OWN = {
 }
 
 
-def submit(path: str, overrides: list[str], options: Options, *, chain: int = 1, dry_run: bool = False) -> int:
+def submit(
+    config: RunConfig, path: str, overrides: list[str], options: Options, *, chain: int = 1, dry_run: bool = False
+) -> int:
     """Submit a run as a job, or as a chain of jobs that follow one another; the exit code.
+
+    Args:
+        path, overrides: what ``config`` was read from, for the script.
 
     Raises:
         UserError: the run does not fit the nodes, sbatch refuses, or SLURM is not there.
     """
     _check_options(options, chain)
-    config = load_run_config(path, overrides, need_files=False)
     _show(assume(config, device_of(config)), options, device_of(config))
     run_dir = Path(config.run.dir)
     if "%" in config.run.dir:

@@ -11,15 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megameta.attempt import Superseded, claim, how_it_ended, newest_attempt, newest_number, saved_step
 from megameta.checkpoint.ranks import Alone
 from megameta.checkpoint.save import _InMemory, save_distributed
 from megameta.checkpoint.store import TrainerState, open_checkpoint, point_latest, step_name
+from megameta.cluster import run_lock
+from megameta.cluster.attempt import claim, how_it_ended, newest_attempt, newest_number, saved_step
+from megameta.cluster.run_lock import is_gone, lock_run
 from megameta.config import build_config
-from megameta.errors import UserError
-from megameta.train import loop, run_lock
+from megameta.errors import Superseded, UserError
+from megameta.train import loop
 from megameta.train.metrics import MetricsFile, read_metrics
-from megameta.train.run_lock import is_gone, lock_run
 from tests.support.paths import ROOT
 
 CONFIG = build_config({"data": {"train": "x"}})
@@ -92,8 +93,8 @@ def test_a_stale_attempt_moves_no_pointer_and_removes_nothing(tmp_path):
     point_latest(folder / step_name(30))
     config = build_config({"data": {"train": "x"}, "checkpoint": {"keep": 1}})
     state = SimpleNamespace(step=10)
-    place = SimpleNamespace(monitor=SimpleNamespace(heartbeat=None))
-    trainer = SimpleNamespace(checkpoints=folder, config=config, state=state, place=place)
+    session = SimpleNamespace(monitor=SimpleNamespace(heartbeat=None))
+    trainer = SimpleNamespace(checkpoints=folder, config=config, state=state, session=session)
     claim(tmp_path)
     with pytest.raises(Superseded):
         loop.Trainer._publish(trainer, folder / step_name(10), stale)
@@ -137,7 +138,7 @@ def holder(tmp_path):
 
     def hold(environment):
         code = (
-            "import sys, json; from pathlib import Path; from megameta.train.run_lock import lock_run;"
+            "import sys, json; from pathlib import Path; from megameta.cluster.run_lock import lock_run;"
             "lock = lock_run(Path(sys.argv[1]), json.loads(sys.argv[2])); print('held', flush=True); sys.stdin.read()"
         )
         words = [sys.executable, "-c", code, str(tmp_path / "run"), json.dumps(environment)]

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megameta.cluster.machine import measure_peak_flops
+from megameta.cluster.records import package_versions, source_digest
+from megameta.cluster.slurm.environment import in_step
 from megameta.config import RunConfig
 from megameta.errors import UserError
 from megameta.log import LOG
 from megameta.model.shapes import parameter_shapes
-from megameta.parallel.slurm import in_step
 from megameta.parallel.topology import Topology
-from megameta.train.metrics import measure_peak_flops
-from megameta.train.records import package_versions, source_digest
 
 #: Bytes of the tensor that is reduced on "cpu" and "cuda".
 REDUCED = {"cpu": 4 << 20, "cuda": 256 << 20}

@@ -9,9 +9,9 @@ import textwrap
 import psutil
 import pytest
 
+from megameta.cluster import launch
+from megameta.cluster.launch import free_port, launch_local, make_topology, pick_device, ranks_from_environment
 from megameta.errors import EXIT_LOST, MachineError, UserError
-from megameta.parallel import launch
-from megameta.parallel.launch import free_port, launch_local, make_topology, pick_device, ranks_from_environment
 from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until
 
@@ -104,7 +104,7 @@ def test_a_full_disk_is_one_message(tmp_path):
 
 def test_ranks_that_do_not_connect_end_with_a_message():
     code = (
-        "import time; from megameta.parallel import launch; from megameta.parallel.topology import Topology\n"
+        "import time; from megameta.cluster import launch; from megameta.parallel.topology import Topology\n"
         "with launch._within(3600, Topology(4, 2, 0)): pass\n"
         "with launch._within(0.5, Topology(4, 2, 0)): time.sleep(1_000_000)"
     )
@@ -214,7 +214,7 @@ def test_signals_reach_every_rank(stand_in):
         while True:
             time.sleep(0.1)
     """)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megameta.parallel.launch import launch_local;"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megameta.cluster.launch import launch_local;"
     process = subprocess.Popen([sys.executable, "-P", "-c", code + "sys.exit(launch_local([], 2))"], env=os.environ)
     try:
         wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in (0, 1)), unless=process.poll)

@@ -1,6 +1,6 @@
 """Attempts of a run: every start takes the next number, and one that is not the newest may write no more.
 
-    RUN/logs/attempt_0001/     the first start: what it ran on (``megameta.train.records``), its heartbeat, how it ended
+    RUN/logs/attempt_0001/     the first start: what it ran on (``cluster.records``), its heartbeat, how it ended
     RUN/logs/attempt_0002/     the second
 
 A number is taken by making its directory, which succeeds for one process alone on any POSIX file system. A process on a
@@ -17,16 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megameta.errors import UserError
+from megameta.errors import Superseded
 from megameta.files import write_text_atomically
 
 #: What ended an attempt, in RUN/logs/attempt_N/end.json.
 MISTAKE, LOST, STUCK, SUPERSEDED = "mistake", "lost", "stuck", "superseded"
 _NAME = re.compile(r"attempt_(\d{4,})")
-
-
-class Superseded(UserError):
-    """A newer attempt of the run has started."""
 
 
 @dataclass(frozen=True)

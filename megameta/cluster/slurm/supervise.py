@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megameta.attempt import attempt, how_it_ended, newest_number, saved_step
+from megameta.cluster.attempt import attempt, how_it_ended, newest_number, saved_step
+from megameta.cluster.slurm.decide import Action, Decision, Ended, decide
+from megameta.cluster.slurm.environment import ask, expand_hosts, job_state
 from megameta.errors import UserError
-from megameta.parallel.slurm import ask, expand_hosts, job_state
-from megameta.slurm.decide import Action, Decision, Ended, decide
 
 #: RUN/logs/jobs.jsonl: a line for every end of a job's ranks.
 LEDGER = "jobs.jsonl"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megameta.slurm.decide import MAX_FAILURES, Action, Ended, decide
-from megameta.slurm.supervise import failures_in_a_row
+from megameta.cluster.slurm.decide import MAX_FAILURES, Action, Ended, decide
+from megameta.cluster.slurm.supervise import failures_in_a_row
 
 RUNNING = "RUNNING"
 

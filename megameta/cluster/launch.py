@@ -18,8 +18,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megameta.cluster.slurm.environment import expand_hosts, host_name, in_step, one_device_each, rendezvous
 from megameta.errors import EXIT_LOST, MachineError, UserError
-from megameta.parallel.slurm import expand_hosts, host_name, in_step, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
 
 #: Seconds that the other ranks get to end by themselves once one has failed.
@@ -246,9 +246,9 @@ def launch_local(arguments: Sequence[str], num_processes: int) -> int:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         for rank in range(num_processes):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
             command = [sys.executable, "-m", "megameta", *arguments]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **address, **place, **quiet}))
+            ranks.append(subprocess.Popen(command, env={**os.environ, **address, **own, **quiet}))
         code = _wait(ranks)
         _say_which_was_killed(ranks, passed_on)
         return code

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megameta.attempt import how_it_ended, newest_attempt, saved_step
+from megameta.cluster.attempt import how_it_ended, newest_attempt, saved_step
+from megameta.cluster.heartbeat import DONE, FAILED, INTERVAL, STOPPED, read_heartbeat
+from megameta.cluster.slurm.environment import ask, job_state
 from megameta.errors import EXIT_OK, UserError
 from megameta.log import duration
-from megameta.parallel.slurm import ask, job_state
-from megameta.train.heartbeat import DONE, FAILED, INTERVAL, STOPPED, read_heartbeat
 
 #: Seconds without a heartbeat after which a run counts as dead; shared file systems may show a file late.
 SILENCE = 12 * INTERVAL
@@ -35,7 +35,7 @@ def run_status(run_dir: Path, now: float) -> dict[str, Any]:
     """
     attempt = newest_attempt(run_dir) if run_dir.is_dir() else None
     if attempt is None:
-        _check_place(run_dir)
+        _check_is_run(run_dir)
         found = {"run": str(run_dir), "state": "not started", "attempt": 0, **_from_metrics(run_dir)}
         jobs = _submitted(run_dir)
         return found if jobs is None else {**found, "jobs": jobs}
@@ -104,7 +104,7 @@ def _numbers(found: dict[str, Any], *, under_way: bool) -> list[str]:
     return lines
 
 
-def _check_place(run_dir: Path) -> None:
+def _check_is_run(run_dir: Path) -> None:
     if run_dir.is_dir() and (not any(run_dir.iterdir()) or _is_run(run_dir)):
         return
     if run_dir.exists():

@@ -2,7 +2,7 @@
 
 The lock is flock's on RUN/.lock, which holds who has it. A process on a node that SLURM has given up may hold it for
 ever: if SLURM says that its job is another restart of this one, or that it runs no longer, the lock is taken over. The
-attempt number decides between two that want to (``megameta.attempt``), and stops the old one.
+attempt number decides between two that want to (``megameta.cluster.attempt``), and stops the old one.
 """
 
 import fcntl
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megameta.attempt import Attempt, claim
+from megameta.cluster.attempt import Attempt, claim
+from megameta.cluster.slurm.environment import ALIVE, host_name, job_state
 from megameta.errors import UserError
-from megameta.parallel.slurm import ALIVE, host_name, job_state
 
 
 def lock_run(directory: Path, environment: Mapping[str, str] = os.environ) -> tuple[IO[str], Attempt]:

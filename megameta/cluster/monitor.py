@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megameta.attempt import STUCK, SUPERSEDED, Attempt, Superseded
-from megameta.errors import EXIT_LOST
+from megameta.cluster.attempt import STUCK, SUPERSEDED, Attempt
+from megameta.cluster.heartbeat import INTERVAL, Heartbeat
+from megameta.errors import EXIT_LOST, Superseded
 from megameta.log import LOG
 from megameta.parallel.topology import Topology
-from megameta.train.heartbeat import INTERVAL, Heartbeat
 
 #: Seconds after its own stack in which a rank leaves the others time to write theirs.
 STACK_SECONDS = 6.0
@@ -123,8 +123,8 @@ class Monitor(threading.Thread):
     def _stop_stuck(self) -> None:
         """Print this rank's stack and place; rank 0 also says who is behind. Every rank does this by itself."""
         rank, minutes = self._topology.rank, self._timeout / 60
-        place = positions(self.groups)
-        head = f"rank {rank} on {self._hosts[rank]} · collectives begun: {place}"
+        begun = positions(self.groups)
+        head = f"rank {rank} on {self._hosts[rank]} · collectives begun: {begun}"
         path = self._attempt.folder / f"stack_rank_{rank}.txt"
         with contextlib.suppress(OSError):
             with path.with_suffix(".writing").open("w", encoding="utf-8") as file:

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from megameta.attempt import claim
 from megameta.cli import main
-from megameta.commands import status
-from megameta.commands.status import describe, run_status
+from megameta.cluster import status
+from megameta.cluster.attempt import claim
+from megameta.cluster.status import describe, run_status
 from megameta.errors import UserError
 
 NOW = 1_000_000.0

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from megameta.cli import main
+from megameta.cluster.launch import make_topology, set_rendezvous
+from megameta.cluster.slurm.environment import expand_hosts, one_device_each, rendezvous
+from megameta.cluster.slurm.fit import fit, fit_exactly, granted
+from megameta.cluster.slurm.script import FILES, Options, render
+from megameta.cluster.slurm.submit import further_options, job_name, seconds_of
 from megameta.config.validate import problems
 from megameta.errors import UserError
-from megameta.parallel.launch import make_topology, set_rendezvous
-from megameta.parallel.slurm import expand_hosts, one_device_each, rendezvous
 from megameta.parallel.topology import Topology
-from megameta.slurm.fit import fit, fit_exactly, granted
-from megameta.slurm.script import FILES, Options, render
-from megameta.slurm.submit import further_options, job_name, seconds_of
 from tests.support.paths import ROOT
 from tests.support.training import tiny_config
 

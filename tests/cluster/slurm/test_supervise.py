@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megameta.attempt import claim
+from megameta.cluster.attempt import claim
 from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, wait_until
 
@@ -43,7 +43,7 @@ def start(cluster: Path, body: str, *options: str) -> subprocess.Popen:
     program = cluster / "ranks.py"
     program.write_text(textwrap.dedent(body))
     code = (
-        "import sys, time, types; from megameta.slurm import supervise;"
+        "import sys, time, types; from megameta.cluster.slurm import supervise;"
         "supervise.time = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None});"
         "from megameta.cli import main; main(sys.argv[1:])"
     )
@@ -101,7 +101,7 @@ def test_what_the_attempt_said_decides(cluster, kind, requeued):
     body = f"""
         import sys
         from pathlib import Path
-        from megameta.attempt import claim
+        from megameta.cluster.attempt import claim
         claim(Path({str(cluster / "run")!r})).note_end({kind!r}, "node n2 is gone")
         sys.exit(76)
         """
@@ -125,7 +125,7 @@ def test_what_is_left_on_a_lost_node_touches_nothing(cluster):
     body = f"""
         import sys
         from pathlib import Path
-        from megameta.attempt import claim
+        from megameta.cluster.attempt import claim
         claim(Path({str(cluster / "run")!r})).note_end("superseded", "attempt 2 has started")
         claim(Path({str(cluster / "run")!r})).note_end("lost", "node n3 is gone")
         sys.exit(76)
@@ -142,7 +142,7 @@ def test_a_node_that_was_cut_off_asks_again_before_it_requeues(cluster):
     body = f"""
         import sys
         from pathlib import Path
-        from megameta.attempt import claim
+        from megameta.cluster.attempt import claim
         claim(Path({str(cluster / "run")!r})).note_end("lost", "node n2 is gone")
         Path({str(cluster)!r}, "restarts").write_text("1")
         Path({str(cluster)!r}, "cut").touch()
@@ -162,8 +162,8 @@ def test_failures_end(cluster):
 
 
 def test_outside_a_job(cluster, capsys, monkeypatch):
+    from megameta.cluster.slurm.supervise import run_job
     from megameta.errors import UserError
-    from megameta.slurm.supervise import run_job
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match=r"sbatch slurm/pretrain\.sbatch"):

@@ -8,20 +8,20 @@ from typing import IO
 
 import torch.distributed as dist
 
-from megameta.attempt import LOST, Attempt, saved_step
+from megameta.cluster.attempt import LOST, Attempt, saved_step
+from megameta.cluster.heartbeat import FAILED, Heartbeat, SlowRanks
+from megameta.cluster.liveness import Liveness, gather_hosts, watch_nodes
+from megameta.cluster.monitor import Monitor
+from megameta.cluster.records import write_records
+from megameta.cluster.run_lock import lock_run
 from megameta.config import RunConfig
 from megameta.errors import EXIT_LOST, UserError
 from megameta.log import LOG, close_log, open_log
-from megameta.parallel.liveness import Liveness, gather_hosts, watch_nodes
 from megameta.parallel.topology import Topology
-from megameta.train.heartbeat import FAILED, Heartbeat, SlowRanks
-from megameta.train.monitor import Monitor
-from megameta.train.records import write_records
-from megameta.train.run_lock import lock_run
 
 
 @dataclass
-class RunPlace:
+class RunSession:
     """What a rank holds of the run directory."""
 
     attempt: Attempt
@@ -43,7 +43,7 @@ class RunPlace:
             self.lock.close()
 
 
-def open_run(config: RunConfig, topology: Topology) -> RunPlace:
+def open_run(config: RunConfig, topology: Topology) -> RunSession:
     """Take the run directory: collective.
 
     Raises:
@@ -84,7 +84,7 @@ def open_run(config: RunConfig, topology: Topology) -> RunPlace:
         os._exit(EXIT_LOST)
 
     liveness = watch_nodes(topology, config.cluster.lost_node_seconds, on_lost)
-    return RunPlace(attempt, hosts, monitor, slow, liveness, lock)
+    return RunSession(attempt, hosts, monitor, slow, liveness, lock)
 
 
 def _heartbeat(config: RunConfig, attempt: Attempt, hosts: list[str], slow: SlowRanks) -> Heartbeat:

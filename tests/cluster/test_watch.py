@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megameta.attempt import claim, how_it_ended
+from megameta.cluster import monitor as monitors
+from megameta.cluster.attempt import claim, how_it_ended
+from megameta.cluster.heartbeat import Heartbeat, SlowRanks, read_heartbeat
+from megameta.cluster.liveness import Liveness, Peer
+from megameta.cluster.monitor import Monitor
 from megameta.errors import EXIT_LOST
-from megameta.parallel.liveness import Liveness, Peer
 from megameta.parallel.topology import Topology
-from megameta.train import monitor as monitors
-from megameta.train.heartbeat import Heartbeat, SlowRanks, read_heartbeat
-from megameta.train.monitor import Monitor
 from tests.support.ranks import run_ranks
 from tests.support.waiting import LIMIT, wait_until
 
@@ -252,7 +252,7 @@ def test_a_superseded_attempt_leaves(tmp_path, capfd):
 
 def _one_rank_lags(topology, folder):
     """Rank 1 makes two collectives fewer than rank 0 waits for; both are seen by their watchdogs."""
-    from megameta.attempt import Attempt
+    from megameta.cluster.attempt import Attempt
 
     monitors.STACK_SECONDS = LIMIT
     number, path = 1, Path(folder) / "logs" / "attempt_0001"

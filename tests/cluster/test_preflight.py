@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from megameta.cluster.preflight import Facts, Needs, judge, remarks, table
 from megameta.errors import UserError
-from megameta.train.preflight import Facts, Needs, judge, remarks, table
 from tests.support.ranks import run_ranks
 from tests.support.training import tiny_config
 
@@ -70,7 +70,7 @@ def test_a_slow_node_is_remarked_upon():
 
 
 def _check(topology, folder, fault):
-    from megameta.train import preflight
+    from megameta.cluster import preflight
 
     hosts = ["n1", "n1", "n1" if fault in ("at home", "one node") else "n2"]
     if fault == "one node":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megameta.parallel.slurm import host_name
+from megameta.cluster.slurm.environment import host_name
 from megameta.parallel.topology import Topology
 
 

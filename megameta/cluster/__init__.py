@@ -1,0 +1,1 @@
+"""A run among processes, nodes and jobs: who has the run directory, who is alive, how ranks meet; SLURM."""
