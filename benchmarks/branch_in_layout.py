@@ -24,9 +24,9 @@ from step_time import PRESETS
 from megameta.cluster.launch import initialize_process_group, make_topology, pick_device
 from megameta.config import RunConfig, build_config
 from megameta.config.loading import apply_overrides
+from megameta.engine.pipeline_engine import make_engine
 from megameta.model.flops import forward_flops
 from megameta.train.loop import describe_layout
-from megameta.train.pipeline_engine import make_engine
 
 
 def make_config(arguments: argparse.Namespace, *, branch: bool) -> RunConfig:

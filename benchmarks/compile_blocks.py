@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from paired import CLOCK, HEADER, measure, ratio, seconds
 
+from megameta.engine.compile import compile_blocks
 from megameta.model import GPT, ModelConfig, initialize_weights, make_context
-from megameta.train.compile import compile_blocks
 
 
 def main() -> None:

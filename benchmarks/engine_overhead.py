@@ -20,11 +20,11 @@ from megameta.cluster.launch import initialize_process_group, make_topology
 from megameta.config import RunConfig, build_config
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.loader import Batch
-from megameta.train.compile import compile_blocks
-from megameta.train.engine import Engine
-from megameta.train.losses import LossModule
-from megameta.train.optimizer import make_optimizer
-from megameta.train.setup import build_model
+from megameta.engine.build import build_model
+from megameta.engine.compile import compile_blocks
+from megameta.engine.engine import Engine
+from megameta.engine.loss_module import LossModule
+from megameta.engine.optimizer import make_optimizer
 
 #: Switches of train.* by row.
 SWITCHES = {

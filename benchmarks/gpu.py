@@ -53,7 +53,7 @@ def script(name: str, *words: str) -> tuple[str, ...]:
     return (f"benchmarks/{name}.py", *words, "--json", "{json}")
 
 
-GPU_TESTS = ("tests/train/test_gpu.py", "tests/model/test_gpu_kernels.py")
+GPU_TESTS = ("tests/engine/test_gpu.py", "tests/model/test_gpu_kernels.py")
 TESTS = (
     "-m",
     "pytest",

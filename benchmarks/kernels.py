@@ -21,6 +21,7 @@ import torch
 from paired import HEADER, measure, ratio, seconds
 from torch import Tensor
 
+from megameta.engine.compile import compile_loss, missing_compiler
 from megameta.model import cross_entropy_sum
 from megameta.model.attention import (
     FLASH,
@@ -35,7 +36,6 @@ from megameta.model.attention import (
 )
 from megameta.model.gpt import make_logits
 from megameta.parallel.losses import fused_cross_entropy_sum
-from megameta.train.compile import compile_loss, missing_compiler
 
 #: Rows, width and entries of the head; length of the causal case, lengths with documents; heads.
 SHAPES: dict[str, dict[str, Any]] = {

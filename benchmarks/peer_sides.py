@@ -57,8 +57,8 @@ def peak_resident() -> int:
 def ours(settings: dict[str, Any], gate: Gate) -> None:
     """The engine under DeepSpeed, with the loader of a run."""
     from megameta.cluster.launch import initialize_process_group, make_topology
+    from megameta.engine.pipeline_engine import make_engine
     from megameta.train.data import PretrainingData
-    from megameta.train.pipeline_engine import make_engine
     from megameta.train.run_config import load_run_config
 
     config = load_run_config(settings["config"], settings["overrides"])

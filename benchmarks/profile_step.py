@@ -19,7 +19,7 @@ import torch
 from engine_overhead import make_config, random_batch
 
 from megameta.cluster.launch import initialize_process_group, make_topology
-from megameta.train.engine import Engine
+from megameta.engine.engine import Engine
 
 #: Module path in the model → part. A module that is not named counts to the one around it.
 PARTS = {

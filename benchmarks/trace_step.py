@@ -31,8 +31,8 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 def profile(arguments: argparse.Namespace, folder: Path) -> tuple[Any, float]:
     """(the profiler's record, seconds of its steps on the wall)."""
     from megameta.cluster.launch import initialize_process_group, make_topology
+    from megameta.engine.engine import Engine
     from megameta.train.data import PretrainingData
-    from megameta.train.engine import Engine
     from megameta.train.run_config import load_run_config
 
     shape, micro, accumulation = SHAPES[arguments.shape]

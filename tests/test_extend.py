@@ -11,9 +11,9 @@ from megameta.checkpoint.store import TrainerState, point_latest
 from megameta.cli import main
 from megameta.commands.extend import extend, extended_config, to_text
 from megameta.config import RunConfig, build_config
+from megameta.engine.build import DrawnWeights
 from megameta.errors import UserError
 from megameta.train.run_config import load_run_config
-from megameta.train.setup import DrawnWeights
 from tests.support.commands import run_command
 from tests.support.paths import ROOT
 from tests.support.training import tiny_values, write_corpus

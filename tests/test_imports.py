@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import megameta.model
-from megameta.train.engine import import_deepspeed
+from megameta.engine.engine import import_deepspeed
 from tests.support.commands import true_process
 from tests.support.ranks import run_ranks
 from tests.support.training import tiny_values

@@ -25,7 +25,7 @@ SEED = 5
 
 def _train(topology, corpus):
     """What a test could leave behind, as it is found; then three steps at ZeRO 3, which patches torch's functions."""
-    from megameta.train.pipeline_engine import make_engine
+    from megameta.engine.pipeline_engine import make_engine
 
     found = {
         "linear": torch.nn.functional.linear.__module__,

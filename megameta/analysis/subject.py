@@ -13,11 +13,11 @@ from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import Batch, collate
 from megameta.data.samples import Samples
 from megameta.data.sources import TEST, held_out_samples
+from megameta.engine.build import build_model
 from megameta.errors import UserError
 from megameta.model import GPT, Context, make_context
 from megameta.tokenizers import Tokenizer, load_tokenizer
 from megameta.train.evaluation import evenly_spread
-from megameta.train.setup import build_model
 
 
 @dataclass(frozen=True)

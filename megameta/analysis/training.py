@@ -17,9 +17,9 @@ from megameta.config import RunConfig
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
 from megameta.data.loader import Batch, collate
 from megameta.data.sources import TEST, held_out_samples
+from megameta.engine.engine import Engine
 from megameta.model import GPT
 from megameta.parallel.topology import Topology
-from megameta.train.engine import Engine
 from megameta.train.evaluation import evenly_spread
 
 

@@ -14,12 +14,12 @@ from megameta.checkpoint import open_checkpoint
 from megameta.cluster.launch import pick_device
 from megameta.config import RunConfig, apply_overrides, build_config
 from megameta.config.validate import validate
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import LossModule, make_scores, sum_scores
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator, PositionResult
-from megameta.train.losses import LossModule, make_scores, sum_scores
-from megameta.train.setup import build_model
 
 
 def evaluate(source: str, overrides: list[str], *, json_path: str | None = None, buckets: int = 0) -> int:

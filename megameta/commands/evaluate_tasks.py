@@ -9,10 +9,10 @@ from rich.table import Table
 
 from megameta.cluster.launch import pick_device
 from megameta.commands.evaluate import load_source
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import LossModule
 from megameta.files import write_text_atomically
 from megameta.tasks.score import Cell, score_cells
-from megameta.train.losses import LossModule
-from megameta.train.setup import build_model
 
 
 def evaluate_tasks(source: str, overrides: list[str], *, json_path: str | None = None) -> int:

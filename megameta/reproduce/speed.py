@@ -14,6 +14,7 @@ import torch
 
 from megameta.cluster.launch import pick_device
 from megameta.config import build_config, load_raw
+from megameta.engine.build import build_model
 from megameta.errors import run_tool
 from megameta.files import write_text_atomically
 from megameta.model import GPT
@@ -25,7 +26,6 @@ from megameta.reproduce.arms import ARMS, Arm
 from megameta.reproduce.jobs import Job
 from megameta.reproduce.results import read_json
 from megameta.reproduce.runs import Experiment, merge
-from megameta.train.setup import build_model
 
 #: Twins for speed: what stands in the prompt, and which model reads it.
 SPEED_ARMS = ("gpt2-rope", "pause-rope", "meta-rope")

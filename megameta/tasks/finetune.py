@@ -18,14 +18,14 @@ from megameta.data.counter_random import make_key, permutation
 from megameta.data.dataset import IGNORE_INDEX
 from megameta.data.index_cache import IndexCache
 from megameta.data.loader import Batch, StepLoader
+from megameta.engine.engine import Engine
+from megameta.engine.loss_module import Scores
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.tasks.definitions import TASKS
 from megameta.tasks.encoded import EncodedExamples, Ints, make_batch, padded_length
 from megameta.tokenizers import load_tokenizer
 from megameta.train.data import RunEvaluator, loader_options
-from megameta.train.engine import Engine
-from megameta.train.losses import Scores
 
 #: Global batches among whose examples neighbours in length are sought.
 WINDOW = 32

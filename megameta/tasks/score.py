@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from megameta.config import RunConfig
+from megameta.engine.loss_module import LossModule, make_scores, sum_scores
 from megameta.parallel.topology import Topology
 from megameta.statistics import wilson
 from megameta.tasks.definitions import DIFFICULTIES
 from megameta.tasks.finetune import TaskEvaluator, TaskResult
-from megameta.train.losses import LossModule, make_scores, sum_scores
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from megameta.config import RunConfig
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader
 from megameta.data.sources import training_data
+from megameta.engine.engine import Engine
 from megameta.parallel.topology import Topology
-from megameta.train.engine import Engine
 from megameta.train.evaluation import Evaluator
 
 

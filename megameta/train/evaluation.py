@@ -12,11 +12,11 @@ from megameta.config import RunConfig
 from megameta.data.dataset import IGNORE_INDEX, Dataset, SampleFormat
 from megameta.data.loader import Batch, collate
 from megameta.data.sources import TEST, held_out_samples
+from megameta.engine.engine import Engine
+from megameta.engine.loss_module import Scores
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.tokenizers import load_tokenizer
-from megameta.train.engine import Engine
-from megameta.train.losses import Scores
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ from megameta.config.deepspeed import zero_stage
 from megameta.config.derived import step_flops
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
+from megameta.engine.build import initial_weights, settle_on
+from megameta.engine.engine import NonFiniteGradient, NonFiniteLoss
+from megameta.engine.pipeline_engine import make_engine
+from megameta.engine.replicas import check_replicas
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, Superseded, UserError
 from megameta.files import write_text_atomically
 from megameta.log import LOG, duration
@@ -40,12 +44,8 @@ from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
 from megameta.train.display import StepDisplay
-from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
 from megameta.train.metrics import MetricsFile, TensorBoard
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.replicas import check_replicas
 from megameta.train.schedule import learning_rate
-from megameta.train.setup import initial_weights, settle_on
 
 
 class Trainer:

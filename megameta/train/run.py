@@ -23,11 +23,11 @@ from megameta.cluster.session import RunSession, open_run
 from megameta.cluster.stop import StopRequest
 from megameta.config import RunConfig
 from megameta.config.validate import validate
+from megameta.engine.determinism import use_deterministic_kernels
 from megameta.errors import EXIT_FAILURE, EXIT_LOST, EXIT_OK, MachineError, Superseded, UserError
 from megameta.log import show_log
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, RunData
-from megameta.train.determinism import use_deterministic_kernels
 from megameta.train.loop import Trainer
 from megameta.train.run_config import load_run_config
 

@@ -10,7 +10,7 @@ from megameta.analysis.boost import changes
 from megameta.analysis.training import AttentionProbe
 from megameta.config import build_config
 from megameta.config.validate import problems
-from megameta.train.pipeline_engine import make_engine
+from megameta.engine.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
 from tests.support.analyses import subject_of
 from tests.support.ranks import run_ranks

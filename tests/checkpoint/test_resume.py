@@ -4,8 +4,8 @@ import pytest
 
 from megameta.checkpoint import check_resumable
 from megameta.config import build_config, settle
+from megameta.engine.build import DrawnWeights, build_model
 from megameta.errors import UserError
-from megameta.train.setup import DrawnWeights, build_model
 
 BASE = {"data": {"train": "x", "tokenizer": None}, "deepspeed": {"zero_optimization": {"overlap_comm": False}}}
 

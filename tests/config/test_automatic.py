@@ -9,12 +9,12 @@ import yaml
 
 from megameta.checkpoint import latest_checkpoint
 from megameta.config import assume, build_config, load_config, settle
+from megameta.engine import build as setup
+from megameta.engine import compile as compiling
+from megameta.engine.build import settle_on
+from megameta.engine.compile import saved_seconds
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
-from megameta.train import compile as compiling
-from megameta.train import setup
-from megameta.train.compile import saved_seconds
-from megameta.train.setup import settle_on
 from tests.support.commands import one_error, run_command
 from tests.support.ranks import run_ranks
 from tests.support.runs import last_step

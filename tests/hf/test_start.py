@@ -15,13 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from megameta.checkpoint import load_weights
 from megameta.config import build_config
 from megameta.config.validate import problems
+from megameta.engine.build import build_model, initial_weights
 from megameta.errors import UserError
 from megameta.hf.convert import hf_to_checkpoint
 from megameta.hf.importer import import_from_hf, read_hf_model
 from megameta.hf.start import start_weights
 from megameta.model import GPT, ModelConfig
 from megameta.train.run_config import load_run_config
-from megameta.train.setup import build_model, initial_weights
 from tests.support.exports import small_tokenizer
 from tests.support.models import assert_close
 

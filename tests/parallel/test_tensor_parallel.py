@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megameta.config import build_config
+from megameta.engine.pipeline_engine import make_engine
 from megameta.model import GPT, Block, ModelConfig
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.tensor_parallel import TABLE, kind_of, shard_dim, shard_of
-from megameta.train.pipeline_engine import make_engine
 from tests.support.layouts import ALL_ON, FACTORS, Case, make_config, make_corpus
 from tests.support.ranks import run_ranks
 from tests.support.training import step_loader

@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import LossModule, make_scores, sum_scores
+from megameta.engine.pipeline_engine import make_engine
 from megameta.model.rope import rotary_frequencies
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import Evaluator
-from megameta.train.losses import LossModule, make_scores, sum_scores
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import build_model
 from tests.support.layouts import ALL_ON, Case, compare, make_config, make_corpus, reference, relative, run_case
 from tests.support.ranks import run_ranks
 

@@ -1,6 +1,6 @@
 """What an engine computes on a GPU, all in one process: losses of every precision and ZeRO stage, kernels, a resume.
 
-    python -m tests.support.gpu_cases found.json                    what tests/train/test_gpu.py compares
+    python -m tests.support.gpu_cases found.json                    what tests/engine/test_gpu.py compares
     python -m tests.support.gpu_cases found.json --device cpu NAME  some cases, where there is no GPU
     python -m tests.support.gpu_cases --write                       float32 losses of this CPU, into tests/golden
 
@@ -25,10 +25,10 @@ from megameta.cluster.launch import initialize_process_group, make_topology
 from megameta.config import RunConfig, build_config
 from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.counter_random import make_key, stream
+from megameta.engine.build import settle_on
+from megameta.engine.pipeline_engine import make_engine
 from megameta.files import write_text_atomically
 from megameta.parallel.topology import Topology
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import settle_on
 from tests.support.paths import GOLDEN
 from tests.support.training import full_state, step_loader, take_steps
 

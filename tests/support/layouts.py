@@ -17,15 +17,15 @@ import torch
 
 from megameta.config import RunConfig, build_config
 from megameta.config.validate import validate
+from megameta.engine import compile
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import LossModule, sum_scores
+from megameta.engine.pipeline_engine import make_engine
+from megameta.engine.replicas import differing_replicas
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.tensor_parallel import shard_dim
 from megameta.parallel.topology import Topology
-from megameta.train import compile
 from megameta.train.evaluation import Evaluator
-from megameta.train.losses import LossModule, sum_scores
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.replicas import differing_replicas
-from megameta.train.setup import build_model
 from tests.support.training import full_state, oracle_run, step_loader, take_steps, write_corpus
 
 STEPS = 20

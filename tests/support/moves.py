@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megameta.checkpoint import TrainerState, open_checkpoint, save_distributed
+from megameta.engine.pipeline_engine import make_engine
 from megameta.parallel.topology import Topology
-from megameta.train.pipeline_engine import make_engine
 from megameta.train.schedule import learning_rate
 from tests.support.layouts import STEPS, Case, make_config, relative
 from tests.support.training import step_loader

@@ -87,7 +87,7 @@ def unreduced_meta() -> Any:
 @contextlib.contextmanager
 def scaled_loss() -> Iterator[None]:
     """The loss is averaged over data-parallel ranks once more."""
-    from megameta.train.engine import Engine
+    from megameta.engine.engine import Engine
 
     right = Engine._accumulate
 
@@ -122,14 +122,14 @@ def counted_twice() -> Iterator[None]:
             parameter.ds_pipe_replicated = False
         return module
 
-    with mock.patch("megameta.train.pipeline_engine.make_pipeline", make):
+    with mock.patch("megameta.engine.pipeline_engine.make_pipeline", make):
         yield
 
 
 @contextlib.contextmanager
 def unmarked_shards() -> Iterator[None]:
     """DeepSpeed's norm is not told which parameters are shards."""
-    from megameta.train import setup
+    from megameta.engine import build as setup
 
     right = setup.prepare_parameters
 
@@ -145,7 +145,7 @@ def unmarked_shards() -> Iterator[None]:
 @contextlib.contextmanager
 def whole_counted_twice() -> Iterator[None]:
     """Our norm counts what every rank of a tensor-parallel group holds once for each of them."""
-    from megameta.train.clipping import Clipping
+    from megameta.engine.clipping import Clipping
 
     right = Clipping.__init__
 
@@ -160,7 +160,7 @@ def whole_counted_twice() -> Iterator[None]:
 @contextlib.contextmanager
 def other_draws() -> Iterator[None]:
     """Each tensor-parallel rank draws its weights from a seed of its own."""
-    from megameta.train import setup
+    from megameta.engine import build as setup
 
     right = setup.draw_parameter
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megameta.train.compile import missing_compiler
+from megameta.engine.compile import missing_compiler
 
 _MISSING = missing_compiler("cpu")
 

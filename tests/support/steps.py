@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megameta.config import RunConfig, build_config
 from megameta.data.loader import Batch
+from megameta.engine.pipeline_engine import make_engine
 from megameta.parallel.topology import Topology
-from megameta.train.pipeline_engine import make_engine
 from tests.support.live_tensors import LiveTensors, SavedTensors
 
 VOCABULARY = 700

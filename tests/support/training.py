@@ -14,10 +14,10 @@ from megameta.corpus.indexed_writer import IndexedDatasetWriter
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader
 from megameta.data.samples import Corpus, SampleIndex
+from megameta.engine.build import build_model
+from megameta.engine.engine import Engine, StepResult
 from megameta.parallel.topology import Topology
-from megameta.train.engine import Engine, StepResult
 from megameta.train.schedule import learning_rate
-from megameta.train.setup import build_model
 
 VOCABULARY, META = 61, 60
 

@@ -14,6 +14,8 @@ from megameta.commands.evaluate_tasks import evaluate_tasks
 from megameta.config import build_config
 from megameta.config.validate import problems
 from megameta.data.dataset import IGNORE_INDEX
+from megameta.engine.build import DrawnWeights, build_model
+from megameta.engine.loss_module import LossModule, sum_scores
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.statistics import wilson
@@ -23,8 +25,6 @@ from megameta.tasks.generate import TaskOptions, generate
 from megameta.tasks.words import WORDS
 from megameta.tokenizers import load_tokenizer
 from megameta.tokenizers.training import train_bpe
-from megameta.train.losses import LossModule, sum_scores
-from megameta.train.setup import DrawnWeights, build_model
 from tests.support.commands import run_command
 
 STEPS, MOVE_AT = 8, 6

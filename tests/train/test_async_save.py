@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megameta.checkpoint import TrainerState, background, latest_checkpoint, open_checkpoint, save_distributed
 from megameta.checkpoint.background import BackgroundSaver
 from megameta.checkpoint.tensor_file import TensorWriter
+from megameta.engine.pipeline_engine import make_engine
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
-from megameta.train.pipeline_engine import make_engine
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import hashes, records
 from tests.support.training import step_loader, take_steps, tiny_config

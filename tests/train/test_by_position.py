@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from megameta.data.dataset import meta_positions
 from megameta.data.indexed import IndexedDataset
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import LossModule, Scores, make_scores, sum_scores
 from megameta.errors import UserError
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import Evaluator, PositionResult
-from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
-from megameta.train.setup import build_model
 from tests.support.training import META, tiny_config, write_corpus
 
 WANTED, TEXT = 11, 28

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from megameta.data.dataset import meta_positions
 from megameta.data.indexed import IndexedDataset
+from megameta.engine.build import build_model
+from megameta.engine.loss_module import Scores
 from megameta.parallel.topology import Topology
 from megameta.train.evaluation import EvalResult, Evaluator
-from megameta.train.losses import Scores
-from megameta.train.setup import build_model
 from tests.support.ranks import run_ranks
 from tests.support.training import META, VOCABULARY, tiny_config, write_corpus
 
@@ -65,7 +65,7 @@ def naive(config, corpus, metas):
 
 
 def _evaluate(topology, corpus, micros):
-    from megameta.train.pipeline_engine import make_engine
+    from megameta.engine.pipeline_engine import make_engine
 
     results = {}
     for micro, stage in micros:

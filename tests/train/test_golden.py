@@ -18,8 +18,8 @@ from megameta.data.counter_random import make_key, stream
 from megameta.data.dataset import Dataset, SampleFormat
 from megameta.data.loader import StepLoader
 from megameta.data.samples import Corpus, SampleIndex
+from megameta.engine.optimizer import parameter_groups
 from megameta.model import GPT, ModelConfig, cross_entropy_sum, initialize_weights
-from megameta.train.optimizer import parameter_groups
 from megameta.train.schedule import learning_rate
 from tests.support.paths import GOLDEN
 

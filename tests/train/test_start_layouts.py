@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from megameta.engine.build import initial_weights
+from megameta.engine.pipeline_engine import make_engine
 from megameta.parallel.topology import Topology
-from megameta.train.pipeline_engine import make_engine
 from megameta.train.run_config import load_run_config
-from megameta.train.setup import initial_weights
 from tests.support.ranks import run_ranks
 from tests.support.training import META, step_loader, training_set, write_corpus
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megameta.train.pipeline_engine import make_engine
+from megameta.engine.pipeline_engine import make_engine
 from tests.support.ranks import run_ranks
 from tests.support.training import oracle_run, step_loader, take_steps, tiny_config
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megameta.checkpoint import open_checkpoint
 from megameta.config import RunConfig, settle
 from megameta.config.automatic import BF16_CAPABILITY, is_settled
+from megameta.engine.compile import try_compiler, why_not_compile
 from megameta.errors import UserError
 from megameta.log import LOG
 from megameta.model import GPT, ModelConfig
@@ -20,7 +21,6 @@ from megameta.parallel.groups import TensorParallel
 from megameta.parallel.pipeline import Stage, stage_bounds
 from megameta.parallel.tensor_parallel import Shard, apply_tensor_parallel, prepare_parameters, shard_of
 from megameta.parallel.topology import Topology
-from megameta.train.compile import try_compiler, why_not_compile
 
 
 def settle_on(config: RunConfig, topology: Topology, saved: RunConfig | None = None) -> RunConfig:

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from megameta.engine.pipeline_engine import make_engine
+from megameta.engine.replicas import check_replicas, checksum, differing_replicas
 from megameta.errors import UserError
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.replicas import check_replicas, checksum, differing_replicas
 from tests.support.ranks import run_ranks
 from tests.support.training import tiny_config
 

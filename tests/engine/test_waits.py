@@ -5,14 +5,14 @@ from unittest import mock
 
 import pytest
 
+from megameta.engine.pipeline_engine import make_engine
 from megameta.model import find_document_runs
 from megameta.parallel import pipeline
-from megameta.train.pipeline_engine import make_engine
 from tests.support.host_waits import HostWaits
 from tests.support.ranks import run_ranks
 from tests.support.training import step_loader, take_steps, tiny_config
 
-READING = "tolist in train/engine.py:_gather"
+READING = "tolist in engine/engine.py:_gather"
 #: Of batches before they are copied to the device.
 ON_THE_HOST = {"_local_scalar_dense in data/loader.py:num_targets"}
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from megameta.checkpoint import StateEntry
 from megameta.checkpoint.ranks import exchange
+from megameta.engine.build import read_shard
 from megameta.model import ModelConfig
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.groups import TensorParallel
 from megameta.parallel.tensor_parallel import shard_dim, shard_of
 from megameta.parallel.topology import Topology
-from megameta.train.setup import read_shard
 
 #: AdamW's state that has the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")

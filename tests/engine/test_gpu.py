@@ -36,7 +36,7 @@ def check(name: str, found: dict[str, Any], tolerance: float) -> None:
         assert found["again"] == found["whole"], "the same run again is another one"
         assert found["resumed"] == found["whole"]
         return
-    kept = json.loads(gpu_cases.GOLDEN.read_text())["documents" if "documents" in name else "plain"]
+    kept = json.loads(gpu_cases.LOSSES.read_text())["documents" if "documents" in name else "plain"]
     assert found["losses"] == pytest.approx(kept, rel=tolerance)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megameta.config import OptimizerSection
+from megameta.engine.optimizer import make_optimizer, parameter_groups
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig
-from megameta.train.optimizer import make_optimizer, parameter_groups
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 8}
 

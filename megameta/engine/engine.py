@@ -17,18 +17,18 @@ from torch import Tensor
 from megameta.config import RunConfig
 from megameta.config.deepspeed import clips_itself, deepspeed_config, overlaps_reduction, zero_stage
 from megameta.data.loader import Batch
+from megameta.engine.build import build_part, settle_on
+from megameta.engine.clipping import Clipping
+from megameta.engine.compile import as_written, compile_blocks, compile_loss
+from megameta.engine.determinism import use_deterministic_kernels
+from megameta.engine.forward_timer import ForwardTimer
+from megameta.engine.loss_module import LossModule, Scores, make_scores, sum_scores
+from megameta.engine.optimizer import make_optimizer
+from megameta.engine.state import EngineState
 from megameta.errors import UserError
 from megameta.parallel.groups import ModelParallelUnit, make_groups
 from megameta.parallel.losses import scaled
 from megameta.parallel.topology import Topology
-from megameta.train.clipping import Clipping
-from megameta.train.compile import as_written, compile_blocks, compile_loss
-from megameta.train.determinism import use_deterministic_kernels
-from megameta.train.forward_timer import ForwardTimer
-from megameta.train.losses import LossModule, Scores, make_scores, sum_scores
-from megameta.train.optimizer import make_optimizer
-from megameta.train.setup import build_part, settle_on
-from megameta.train.state import EngineState
 
 #: State of DeepSpeed's dynamic loss scaler.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

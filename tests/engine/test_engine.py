@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megameta.engine.build import build_model
+from megameta.engine.engine import NonFiniteGradient, NonFiniteLoss
+from megameta.engine.pipeline_engine import make_engine
 from megameta.model.init import is_vocabulary_table
-from megameta.train.engine import NonFiniteGradient, NonFiniteLoss
-from megameta.train.pipeline_engine import make_engine
-from megameta.train.setup import build_model
 from tests.support.ranks import run_ranks
 from tests.support.training import (
     VOCABULARY,

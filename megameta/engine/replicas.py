@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megameta.engine.state import EngineState
 from megameta.errors import UserError
 from megameta.parallel.tensor_parallel import shard_dim
-from megameta.train.state import EngineState
 
 #: Bytes that are summed at a time; a multiple of 4.
 CHUNK = 2**24

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megameta.config import RunConfig
 from megameta.data.loader import Batch
+from megameta.engine.engine import Engine
+from megameta.engine.loss_module import count_targets
 from megameta.parallel.losses import loss_functions
 from megameta.parallel.pipeline import Stage, StageLoss, make_pipeline, pack_rows
 from megameta.parallel.topology import Topology
-from megameta.train.engine import Engine
-from megameta.train.losses import count_targets
 
 #: Batches of one pass through the pipeline in an evaluation.
 EVALUATED_TOGETHER = 16

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megameta.config.validate import problems
+from megameta.engine import compile as compiling
+from megameta.engine.pipeline_engine import make_engine
 from megameta.errors import UserError
 from megameta.model import GPT
 from megameta.parallel.losses import loss_and_gradient
-from megameta.train import compile as compiling
 from megameta.train.evaluation import Evaluator
-from megameta.train.pipeline_engine import make_engine
 from tests.support.needs import needs_cxx
 from tests.support.ranks import run_ranks
 from tests.support.training import oracle_run, step_loader, take_steps, tiny_config, weights_digest

@@ -6,13 +6,13 @@ import sys
 import pytest
 import yaml
 
+from megameta.engine.build import build_model
+from megameta.engine.engine import deepspeed_environment, import_deepspeed
 from megameta.errors import UserError
 from megameta.model.shapes import parameter_shapes
 from megameta.parallel.pipeline import stage_bounds
 from megameta.parallel.topology import Topology
 from megameta.plan.describe import describe
-from megameta.train.engine import deepspeed_environment, import_deepspeed
-from megameta.train.setup import build_model
 from tests.support.commands import plain_environment, true_process
 from tests.support.ranks import run_ranks
 from tests.support.runs import last_step

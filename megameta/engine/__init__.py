@@ -1,0 +1,1 @@
+"""DeepSpeed behind one interface: a step, an evaluation, state by name; optimisers and compiled blocks."""
