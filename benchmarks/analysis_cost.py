@@ -12,9 +12,9 @@ import time
 
 from paired import HEADER, measure, ratio
 
-from megameta.analysis.training import AttentionProbe
 from megameta.cluster.launch import initialize_process_group, make_topology, pick_device
 from megameta.engine.pipeline_engine import make_engine
+from megameta.paper.analysis.training import AttentionProbe
 from megameta.train.data import PretrainingData
 from megameta.train.run_config import load_run_config
 

@@ -21,8 +21,8 @@ from step_time import PRESETS
 
 from megameta.hf.insertion import MetaPolicy
 from megameta.model import GPT, DecodingCache, ModelConfig, initialize_weights
-from megameta.reproduce.arms import ARMS
-from megameta.reproduce.speed import next_token, prompt_ids
+from megameta.paper.reproduce.arms import ARMS
+from megameta.paper.reproduce.speed import next_token, prompt_ids
 
 
 class Decoder:

@@ -20,9 +20,9 @@ PACKAGE = "megameta"
 #: From top to bottom. Names joined by "+" count as one part.
 LAYERS: list[list[str]] = [
     ["tools", "cli+commands+__main__"],
-    ["paper+reproduce+analysis"],
+    ["paper"],
     ["quickstart"],
-    ["tasks", "finetune", "slurm"],
+    ["finetune"],
     ["train"],
     ["engine", "cluster"],
     ["hf"],
@@ -35,7 +35,7 @@ LAYERS: list[list[str]] = [
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for part in layer for name in part.split("+")}
 PART = {name: part for layer in LAYERS for part in layer for name in part.split("+")}
 #: May be imported by every part but model, and import no part themselves.
-SHARED = {"errors", "files", "html", "log", "statistics", "attempt", "__init__"}
+SHARED = {"errors", "files", "html", "log", "statistics", "__init__"}
 #: What model/ may import besides the standard library; flash_attn only inside a function, where it is installed.
 MODEL_NEEDS = {"torch", "flash_attn"}
 
@@ -133,7 +133,7 @@ def test_imports_point_one_way() -> None:
         ("megameta.engine.build", "from megameta.hf.start import start_weights"),
         ("megameta.train.loop", "from megameta import __version__, data, checkpoint\nfrom megameta.parallel import x"),
         ("megameta.hf.export", "from megameta.tokenizers import Tokenizer\nfrom .names import to_hf_name"),
-        ("megameta.analysis.maps", "import megameta.engine.build\nfrom ..hf import importer"),
+        ("megameta.paper.analysis.maps", "import megameta.engine.build\nfrom ..hf import importer"),
         ("megameta.__main__", "from megameta.cli import main"),
         ("tools.convert_checkpoint", "from megameta.hf.export import export"),
         ("megameta", "import importlib.metadata"),
@@ -157,7 +157,7 @@ def test_allowed(module: str, source: str) -> None:
         ("megameta.checkpoint.store", "from megameta.engine.engine import Engine"),
         ("megameta.checkpoint.store", "from ..hf.export import export"),
         ("megameta.hf.export", "if TYPE_CHECKING:\n    from megameta.engine.build import x"),
-        ("megameta.tasks.parity", "from megameta.analysis import x"),
+        ("megameta.finetune.parity", "from megameta.paper.analysis import x"),
         ("megameta.train.loop", "from megameta.cli import main"),
         ("megameta.cli", "from tools.convert_checkpoint import main"),
         ("megameta.corpus.readers", "import tools"),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megameta.reproduce.report import points, verdict
+from megameta.paper.reproduce.report import points, verdict
 from megameta.statistics import Estimate, accuracy_estimate, difference_estimate, t_quantile
 
 

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from megameta.analysis.findings import Finding
-from megameta.analysis.registry import ANALYSES, Options
-from megameta.analysis.report import PAGE, check_output, write_report
 from megameta.cluster.launch import pick_device
 from megameta.cluster.machine import machine_facts
 from megameta.commands.evaluate import load_source
@@ -20,9 +17,12 @@ from megameta.config import RunConfig
 from megameta.config.validate import validate
 from megameta.errors import UserError
 from megameta.log import duration
+from megameta.paper.analysis.findings import Finding
+from megameta.paper.analysis.registry import ANALYSES, Options
+from megameta.paper.analysis.report import PAGE, check_output, write_report
 
 if TYPE_CHECKING:
-    from megameta.analysis.subject import Subject
+    from megameta.paper.analysis.subject import Subject
 
 
 def analyze(
@@ -89,7 +89,7 @@ def _checked(options: Options, subject: "Subject") -> Options:
 
 def load_subject(source: str, overrides: list[str], data: list[str] | None, twin: str | None) -> "Subject":
     """The model, its held-out text, and its twin."""
-    from megameta.analysis.subject import Subject
+    from megameta.paper.analysis.subject import Subject
 
     config, weights = _load(source, overrides, data)
     device = pick_device(config.run.device)
@@ -137,9 +137,9 @@ def _run(
 
 def _on_tasks(subject: "Subject", options: Options, left_out: dict[str, str]) -> list[Finding]:
     """The cache on test examples of the last phase, where the model was fine-tuned on tasks."""
-    from megameta.analysis.cache_sizes import task_finding
+    from megameta.finetune.data import TaskEvaluator
+    from megameta.paper.analysis.cache_sizes import task_finding
     from megameta.parallel.topology import Topology
-    from megameta.tasks.finetune import TaskEvaluator
 
     tuning = subject.config.finetune
     if tuning.directory is None:

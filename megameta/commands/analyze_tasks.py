@@ -6,15 +6,15 @@ It stands here because analyses and tasks do not know each other.
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from megameta.analysis.cache_sizes import task_finding
-from megameta.analysis.findings import Finding
-from megameta.analysis.registry import Options
 from megameta.data.loader import Batch
+from megameta.finetune.data import TaskEvaluator
+from megameta.paper.analysis.cache_sizes import task_finding
+from megameta.paper.analysis.findings import Finding
+from megameta.paper.analysis.registry import Options
 from megameta.parallel.topology import Topology
-from megameta.tasks.finetune import TaskEvaluator
 
 if TYPE_CHECKING:
-    from megameta.analysis.subject import Subject
+    from megameta.paper.analysis.subject import Subject
 
 
 def cache_on_tasks(subject: "Subject", options: Options) -> list[Finding]:

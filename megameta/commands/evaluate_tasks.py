@@ -12,7 +12,7 @@ from megameta.commands.evaluate import load_source
 from megameta.engine.build import build_model
 from megameta.engine.loss_module import LossModule
 from megameta.files import write_text_atomically
-from megameta.tasks.score import Cell, score_cells
+from megameta.finetune.score import Cell, score_cells
 
 
 def evaluate_tasks(source: str, overrides: list[str], *, json_path: str | None = None) -> int:

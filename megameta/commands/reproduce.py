@@ -10,8 +10,8 @@ from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from megameta.files import write_text_atomically
 
 if TYPE_CHECKING:
-    from megameta.reproduce.jobs import JobRunner
-    from megameta.reproduce.runs import Experiment
+    from megameta.paper.reproduce.jobs import JobRunner
+    from megameta.paper.reproduce.runs import Experiment
 
 
 def reproduce(
@@ -34,10 +34,10 @@ def reproduce(
         dry_run: only list the jobs.
         partial: run nothing; report what is done.
     """
-    from megameta.reproduce.jobs import JobRunner, Stopped
-    from megameta.reproduce.runs import Experiment
-    from megameta.reproduce.scale import load_scale
-    from megameta.reproduce.targets import TARGETS
+    from megameta.paper.reproduce.jobs import JobRunner, Stopped
+    from megameta.paper.reproduce.runs import Experiment
+    from megameta.paper.reproduce.scale import load_scale
+    from megameta.paper.reproduce.targets import TARGETS
 
     scale = load_scale(scale_name, overrides)
     root = Path(output) if output is not None else Path("reproduce") / Path(scale_name).stem
@@ -65,8 +65,8 @@ def reproduce(
 
 def _report(experiment: "Experiment", target: str, runner: "JobRunner", notes: list[str]) -> int:
     """Write and print OUTPUT/TARGET/report.md of what the experiment has."""
-    from megameta.reproduce.report import document
-    from megameta.reproduce.targets import TARGETS
+    from megameta.paper.reproduce.report import document
+    from megameta.paper.reproduce.targets import TARGETS
 
     found = TARGETS[target]
     directory = experiment.output / target

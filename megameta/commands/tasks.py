@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megameta.finetune.examples import read_examples, render
 from megameta.log import ProgressLine
-from megameta.tasks.examples import read_examples, render
-from megameta.tasks.generate import Summary, TaskOptions, generate
+from megameta.paper.tasks.generate import Summary, TaskOptions, generate
 
 
 def _progress() -> Callable[[str, int, int], None]:

@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from megameta.analysis.subject import Subject
 from megameta.commands.analyze import load_subject
+from megameta.paper.analysis.subject import Subject
 from tests.support import oracle
 from tests.support.commands import run_command
 from tests.support.training import tiny_values, write_corpus

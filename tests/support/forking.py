@@ -22,8 +22,8 @@ from tests.support.server import ROOT, leave
 def run_program(program: str, arguments: Sequence[str]) -> int:
     """As ``python -m PROGRAM …`` (megameta, megameta.x) or ``python tools/x.py …`` from the root; the exit code."""
     from megameta.cluster import launch
+    from megameta.paper.reproduce import jobs
     from megameta.quickstart import stages
-    from megameta.reproduce import jobs
 
     for module in (launch, jobs, stages):
         module.subprocess = _FORKING  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from tests.support.preload_core import import_all
 
 LATE = ("torch.utils.tensorboard", "transformers.generation", "torch._inductor.compile_fx")
 #: Seconds of imports that few commands need; those have to wait for them.
-HEAVY = ("megameta.hf.harness", "megameta.analysis.plots", "megameta.reproduce.figures")
+HEAVY = ("megameta.hf.harness", "megameta.paper.analysis.plots", "megameta.paper.reproduce.figures")
 
 for name in LATE:
     importlib.import_module(name)

@@ -77,7 +77,7 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _add_analyze(commands: Commands) -> None:
-    from megameta.analysis.registry import ANALYSES, Options
+    from megameta.paper.analysis.registry import ANALYSES, Options
 
     families = "\n".join(f"  {name:<16} {analysis.help}" for name, analysis in ANALYSES.items())
     analyze = commands.add_parser(
@@ -140,9 +140,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    from megameta.analysis.registry import Options
     from megameta.commands.analyze import analyze
     from megameta.errors import UserError
+    from megameta.paper.analysis.registry import Options
 
     try:
         layers = tuple(int(word) for word in arguments.layers.split(",") if word)

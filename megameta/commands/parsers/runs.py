@@ -93,7 +93,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.nproc_per_node is not None and "RANK" not in os.environ:
         return _launch("train", arguments)
     stop = _listen()
-    from megameta.analysis.training import AttentionProbe
+    from megameta.paper.analysis.training import AttentionProbe
     from megameta.train.run import train
 
     return train(arguments.config, arguments.overrides, make_probe=AttentionProbe, stop=stop)
@@ -103,7 +103,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     if arguments.nproc_per_node is not None and "RANK" not in os.environ:
         return _launch("finetune", arguments)
     stop = _listen()
-    from megameta.tasks.finetune import TaskData
+    from megameta.finetune.data import TaskData
     from megameta.train.run import train
 
     return train(arguments.config, arguments.overrides, TaskData, stop=stop)

@@ -1,0 +1,1 @@
+"""Fine-tuning on prompts and answers, in phases of growing length, and exact-match scoring."""
