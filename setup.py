@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megameta", "megameta.*"]),
-    package_data={"megameta": ["py.typed", "reproduce/scales/*.yaml"]},
+    package_data={"megameta": ["py.typed", "paper/reproduce/scales/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",
@@ -53,5 +53,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["megameta=megameta.cli:main"]},
+    entry_points={"console_scripts": ["megameta=megameta.__main__:main"]},
 )

@@ -14,7 +14,7 @@ from tests.support.training import tiny_values
 
 #: What commands import that read configurations, logs or text, and compute nothing.
 WITHOUT_TORCH = [
-    "megameta.cli",
+    "megameta.__main__",
     "megameta.config",
     "megameta.model.config",
     "megameta.config.validate",
@@ -55,7 +55,7 @@ def test_shapes_need_no_compiler(tmp_path):
     """A configuration is checked for eight GPUs in two pipeline stages of two shards."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(str(tmp_path / "text"))))
     code = """
-    from megameta.cli import main
+    from megameta.__main__ import main
     try:
         main(sys.argv[1:])
     finally:

@@ -19,7 +19,7 @@ PACKAGE = "megameta"
 
 #: From top to bottom. Names joined by "+" count as one part.
 LAYERS: list[list[str]] = [
-    ["tools", "cli+commands+__main__"],
+    ["tools", "commands+__main__"],
     ["paper"],
     ["quickstart"],
     ["finetune"],
@@ -134,7 +134,7 @@ def test_imports_point_one_way() -> None:
         ("megameta.train.loop", "from megameta import __version__, data, checkpoint\nfrom megameta.parallel import x"),
         ("megameta.hf.export", "from megameta.tokenizers import Tokenizer\nfrom .names import to_hf_name"),
         ("megameta.paper.analysis.maps", "import megameta.engine.build\nfrom ..hf import importer"),
-        ("megameta.__main__", "from megameta.cli import main"),
+        ("megameta.__main__", "from megameta.commands import train"),
         ("tools.convert_checkpoint", "from megameta.hf.export import export"),
         ("megameta", "import importlib.metadata"),
     ],
@@ -158,8 +158,8 @@ def test_allowed(module: str, source: str) -> None:
         ("megameta.checkpoint.store", "from ..hf.export import export"),
         ("megameta.hf.export", "if TYPE_CHECKING:\n    from megameta.engine.build import x"),
         ("megameta.finetune.parity", "from megameta.paper.analysis import x"),
-        ("megameta.train.loop", "from megameta.cli import main"),
-        ("megameta.cli", "from tools.convert_checkpoint import main"),
+        ("megameta.train.loop", "from megameta.commands import train"),
+        ("megameta.__main__", "from tools.convert_checkpoint import main"),
         ("megameta.corpus.readers", "import tools"),
         ("megameta.corpus.readers", "from megameta.unheard_of import x"),
         ("megameta.errors", "import megameta.config"),

@@ -1,1 +1,1 @@
-"""Commands that need more than one part of the package; ``parsers`` has their arguments."""
+"""One module a command: ``add_parser`` says its arguments; what it needs is imported when it runs."""

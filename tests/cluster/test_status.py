@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megameta.cli import main
+from megameta.__main__ import main
 from megameta.cluster import status
 from megameta.cluster.attempt import claim
 from megameta.cluster.status import describe, run_status

@@ -10,7 +10,6 @@ import torch
 
 from megameta.checkpoint.save import write_checkpoint
 from megameta.checkpoint.store import point_latest
-from megameta.commands.evaluate_tasks import evaluate_tasks
 from megameta.config import build_config
 from megameta.config.validate import problems
 from megameta.data.dataset import IGNORE_INDEX
@@ -19,6 +18,7 @@ from megameta.engine.loss_module import LossModule, sum_scores
 from megameta.errors import UserError
 from megameta.finetune.data import PhaseOrder, TaskEvaluator, TaskLoader, load_examples
 from megameta.finetune.examples import encode_example, read_examples
+from megameta.finetune.score import evaluate_tasks
 from megameta.paper.tasks.generate import TaskOptions, generate
 from megameta.paper.tasks.words import WORDS
 from megameta.parallel.topology import Topology
@@ -196,7 +196,7 @@ def test_resume_is_exact(folder, alone):
 
 def test_evaluate_says_the_same_as_the_run(folder, alone):
     """In one process, by cells, from the run's checkpoint and from its HuggingFace export."""
-    from megameta.commands.evaluate_tasks import evaluate_tasks
+    from megameta.finetune.score import evaluate_tasks
     from megameta.hf.convert import checkpoint_to_hf
 
     checkpoint_to_hf(folder / "alone", folder / "export")

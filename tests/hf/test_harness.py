@@ -169,7 +169,7 @@ def test_the_command(
 ) -> None:
     from lm_eval import tasks
 
-    from megameta.commands.evaluate_harness import evaluate_harness
+    from megameta.hf.lm_eval import evaluate_harness
 
     monkeypatch.setattr(tasks, "TaskManager", cache(tasks.TaskManager))  # it reads 12,000 files
     directory, _ = export

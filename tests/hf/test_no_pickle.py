@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from megameta.checkpoint import load_weights, open_checkpoint, save_weights
-from megameta.commands.evaluate import load_source
-from megameta.commands.generate import Sampling, generate
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf, hf_to_checkpoint
 from megameta.hf.export import export_to_hf
+from megameta.hf.generation import Sampling, generate
 from megameta.hf.importer import import_from_hf
 from megameta.hf.start import start_values, start_weights
 from megameta.tokenizers import load_huggingface_tokenizer
+from megameta.train.offline import load_source
 from tests.support.commands import run_command
 from tests.support.exports import BASELINE, small_tokenizer, tensors_of, tokenizer_config
 from tests.support.models import small_model

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megameta.commands.analyze import load_subject
+from megameta.paper.analysis.run import load_subject
 from megameta.paper.analysis.subject import Subject
 from tests.support import oracle
 from tests.support.commands import run_command

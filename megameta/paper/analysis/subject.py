@@ -46,7 +46,7 @@ class Subject:
 
     @classmethod
     def of(cls, name: str, config: RunConfig, weights: Mapping[str, Tensor], device: str) -> "Subject":
-        """From a configuration and weights by canonical name (``megameta.commands.evaluate.load_source``).
+        """From a configuration and weights by canonical name (``megameta.train.offline.load_source``).
 
         Raises:
             UserError: no held-out set is named, or the weights are those of another model.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megameta.cli import main
+from megameta.__main__ import main
 from megameta.cluster.launch import make_topology, set_rendezvous
 from megameta.cluster.slurm.environment import expand_hosts, one_device_each, rendezvous
 from megameta.cluster.slurm.fit import fit, fit_exactly, granted
@@ -59,7 +59,7 @@ class Hook:
         if name == "torch":
             os.kill(os.getpid(), signal.SIGUSR1)
 sys.meta_path.insert(0, Hook())
-from megameta.cli import main
+from megameta.__main__ import main
 main([{command!r}, "nowhere.yaml"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)

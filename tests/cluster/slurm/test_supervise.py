@@ -45,7 +45,7 @@ def start(cluster: Path, body: str, *options: str) -> subprocess.Popen:
     code = (
         "import sys, time, types; from megameta.cluster.slurm import supervise;"
         "supervise.time = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None});"
-        "from megameta.cli import main; main(sys.argv[1:])"
+        "from megameta.__main__ import main; main(sys.argv[1:])"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megameta.cli import main
-from megameta.commands.analyze import analyze
+from megameta.__main__ import main
 from megameta.errors import UserError
 from megameta.hf.convert import checkpoint_to_hf
 from megameta.paper.analysis import rate_distortion
 from megameta.paper.analysis.findings import Finding
 from megameta.paper.analysis.registry import ANALYSES, Options
 from megameta.paper.analysis.report import PAGE, write_report
+from megameta.paper.analysis.run import analyze
 from megameta.paper.tasks.generate import TaskOptions, generate
 from megameta.paper.tasks.words import WORDS
 from megameta.tokenizers.training import train_bpe

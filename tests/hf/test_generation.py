@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megameta.cli import build_parser
+from megameta.__main__ import build_parser
 from megameta.errors import UserError
 from megameta.hf.export import export_to_hf
 from megameta.model import GPT

@@ -1,16 +1,14 @@
-"""Commands about runs on a cluster: slurm, status."""
+"""``megameta slurm``: submit a run, check its nodes, and what batch scripts ask."""
 
 import argparse
 
-from megameta.commands.parsers.common import Commands, add_config_arguments
+from megameta.commands.common import Commands, add_config_arguments
 
 #: Options of sbatch that have one of their own here; --sbatch takes the rest.
 COMMON = ("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist", "mail-user", "mail-type")
 
 
-def add_cluster(commands: Commands) -> None:
-    """slurm, status."""
-    _add_status(commands)
+def add_parser(commands: Commands) -> None:
     slurm = commands.add_parser("slurm", help="run on a SLURM cluster (docs/slurm.md)")
     parts = slurm.add_subparsers(dest="part", required=True, metavar="PART")
     _add_submit(parts)
@@ -27,18 +25,6 @@ def add_cluster(commands: Commands) -> None:
     run.add_argument("run_dir", metavar="RUN")
     run.add_argument("ranks", metavar="COMMAND", nargs=argparse.REMAINDER)
     run.set_defaults(run=_run)
-
-
-def _add_status(commands: Commands) -> None:
-    status = commands.add_parser(
-        "status",
-        help="where a run stands",
-        description="Step, loss, tokens/s, time left, last checkpoint and slowest rank of a run that is under way, has"
-        " ended, was killed or has not begun; from files alone.",
-    )
-    status.add_argument("run_dir", metavar="RUN")
-    status.add_argument("--json", action="store_true", help="as JSON")
-    status.set_defaults(run=_status)
 
 
 def _add_submit(parts: Commands) -> None:
@@ -150,9 +136,3 @@ def _run(arguments: argparse.Namespace) -> int:
     from megameta.cluster.slurm.supervise import run_job
 
     return run_job(Path(arguments.run_dir), arguments.ranks, chain=arguments.chain)
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from megameta.cluster.status import show_status
-
-    return show_status(arguments.run_dir, as_json=arguments.json)

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megameta.cluster.launch import pick_device
 from megameta.errors import UserError
 from megameta.files import write_text_atomically
-from megameta.tokenizers import Tokenizer, load_tokenizer
+from megameta.hf.generation import make_policy
+from megameta.tokenizers import load_tokenizer
 
 
 def evaluate_harness(
@@ -26,6 +26,7 @@ def evaluate_harness(
     limit: float | None = None,
     batch_size: int = 8,
     json_path: str | None = None,
+    device: str = "cpu",
 ) -> int:
     """Run tasks on an export and print their metrics.
 
@@ -42,7 +43,7 @@ def evaluate_harness(
     from megameta.hf.harness import HarnessModel
     from megameta.hf.load import load_causal_lm
 
-    model = load_causal_lm(source).to(pick_device("auto"))
+    model = load_causal_lm(source).to(device)
     tokenizer = load_tokenizer(source)
     manager = TaskManager(include_path=include_path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
@@ -66,25 +67,6 @@ def evaluate_harness(
         record = {"source": source, "policy": policy, "every": every if policy == "every" else None, "results": rows}
         write_text_atomically(Path(json_path), json.dumps(record, indent=1) + "\n")
     return 0
-
-
-def make_policy(name: str, every: int, tokenizer: Tokenizer, *, takes_meta: bool) -> Any:
-    """The policy for a model and its tokenizer.
-
-    Raises:
-        UserError: the model knows no meta-tokens and the policy inserts some; a value does not fit.
-    """
-    from megameta.hf.insertion import MetaPolicy, segment_ends_of
-
-    if name in ("every", "segments") and not takes_meta:
-        raise UserError(f"--meta-policy {name}: this model was trained without meta-tokens; use none or given")
-    ends: frozenset[int] = frozenset()
-    if name == "segments":
-        ends = segment_ends_of([tokenizer.spelling(index) for index in range(tokenizer.base_vocab_size)])
-    try:
-        return MetaPolicy(name, tokenizer.meta_token_id, every, ends)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError(f"--meta-policy {name}: {error}") from error
 
 
 def metric_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

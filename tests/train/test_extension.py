@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megameta.__main__ import main
 from megameta.checkpoint.save import write_checkpoint
 from megameta.checkpoint.store import TrainerState, point_latest
-from megameta.cli import main
-from megameta.commands.extend import extend, extended_config, to_text
 from megameta.config import RunConfig, build_config
 from megameta.engine.build import DrawnWeights
 from megameta.errors import UserError
+from megameta.train.extension import extend, extended_config, to_text
 from megameta.train.run_config import load_run_config
 from tests.support.commands import run_command
 from tests.support.paths import ROOT
