@@ -14,7 +14,7 @@ from megameta.checkpoint import save_weights
 from megameta.config import RunConfig, build_config
 from megameta.errors import UserError
 from megameta.model import GPT, ModelConfig, initialize_weights
-from megameta.quickstart import checks, corpus
+from megameta.quickstart import claims, corpus
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report, smooth, table
 from megameta.quickstart.stages import Commands, Stage, StageRunner, StageTime, Stopped
 from tests.support.paths import ROOT
@@ -105,22 +105,22 @@ def test_corpus_stops_at_its_limit_and_refuses_an_empty_split(tmp_path: Path) ->
 
 
 def test_unigram_entropy() -> None:
-    assert checks.unigram_entropy(np.array([7, 7, 7])) == 0
-    assert checks.unigram_entropy(np.arange(8)) == pytest.approx(math.log(8))
-    assert checks.unigram_entropy(np.array([0, 0, 0, 5])) == pytest.approx(
+    assert claims.unigram_entropy(np.array([7, 7, 7])) == 0
+    assert claims.unigram_entropy(np.arange(8)) == pytest.approx(math.log(8))
+    assert claims.unigram_entropy(np.array([0, 0, 0, 5])) == pytest.approx(
         -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     )
 
 
 def test_loss_claims_ask_for_the_margin_and_for_finite_losses() -> None:
-    claims = checks.loss_claims({"a": 4.9, "b": 5.1, "c": math.nan, "d": -math.inf}, entropy=6.0, margin=1.0)
-    assert [claim.holds for claim in claims] == [True, False, False, False]
-    assert "4.900" in claims[0].text and "6.000" in claims[0].text
+    made = claims.loss_claims({"a": 4.9, "b": 5.1, "c": math.nan, "d": -math.inf}, entropy=6.0, margin=1.0)
+    assert [claim.holds for claim in made] == [True, False, False, False]
+    assert "4.900" in made[0].text and "6.000" in made[0].text
 
 
 def test_same_targets_claim() -> None:
-    assert checks.same_targets_claim([5, 5, 5]).holds
-    assert not checks.same_targets_claim([5, 6]).holds
+    assert claims.same_targets_claim([5, 5, 5]).holds
+    assert not claims.same_targets_claim([5, 6]).holds
 
 
 def test_branch_movement_is_measured_from_the_drawn_weights(tmp_path: Path) -> None:
@@ -130,28 +130,28 @@ def test_branch_movement_is_measured_from_the_drawn_weights(tmp_path: Path) -> N
     initialize_weights(model, config, seed)
     weights = {name: tensor.detach()[:64].clone() for name, tensor in model.named_parameters()}
     save_weights(tmp_path / "initial", config, weights, None)
-    still = checks.branch_movement(tmp_path / "initial")
+    still = claims.branch_movement(tmp_path / "initial")
     assert len(still) == 2 and set(still.values()) == {0.0}
-    assert not checks.branch_claim(still).holds
+    assert not claims.branch_claim(still).holds
     names = list(still)
     weights[names[0]] *= 1.5
     save_weights(tmp_path / "half", config, weights, None)
-    half = checks.branch_movement(tmp_path / "half")
+    half = claims.branch_movement(tmp_path / "half")
     assert half[names[0]] == pytest.approx(0.5) and half[names[1]] == 0.0
-    assert not checks.branch_claim(half).holds  # every layer must move
+    assert not claims.branch_claim(half).holds  # every layer must move
     weights[names[1]] += 0.1
     save_weights(tmp_path / "moved", config, weights, None)
-    assert checks.branch_claim(checks.branch_movement(tmp_path / "moved")).holds
-    assert not checks.branch_claim({}).holds
+    assert claims.branch_claim(claims.branch_movement(tmp_path / "moved")).holds
+    assert not claims.branch_claim({}).holds
     assert torch.isfinite(weights[names[1]]).all()
 
 
 def test_final_evaluation_is_that_of_the_last_step(tmp_path: Path) -> None:
     records = [{"step": 1, "eval": {"valid": {"loss": 3.0}}}, {"step": 2, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert checks.final_evaluation(tmp_path, 1) == {"valid": {"loss": 3.0}}
+    assert claims.final_evaluation(tmp_path, 1) == {"valid": {"loss": 3.0}}
     with pytest.raises(UserError, match="no evaluation of step 2"):
-        checks.final_evaluation(tmp_path, 2)
+        claims.final_evaluation(tmp_path, 2)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def make_results(output: Path) -> Results:
         "meta": result("with", build_config({"data": {"sequence_length": 20}}), 0.0),
         "twin": result("without", build_config({"data": {"sequence_length": 18, "meta_token_fraction": 0}}), 0.25),
     }
-    claims = [checks.Claim("first", True), checks.Claim("second", False)]
+    made = [claims.Claim("first", True), claims.Claim("second", False)]
     times = [StageTime("one", 61.0), StageTime("two", 5.4)]
-    return Results({"Python": "3.11"}, models, 7.0, claims, times, ["python tools/quickstart.py"], output)
+    return Results({"Python": "3.11"}, models, 7.0, made, times, ["python tools/quickstart.py"], output)
 
 
 def test_report_says_everything(tmp_path: Path) -> None:

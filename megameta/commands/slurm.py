@@ -112,9 +112,9 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from megameta.train.run import check
+    from megameta.train.run import preflight
 
-    return check(arguments.config, arguments.overrides)
+    return preflight(arguments.config, arguments.overrides)
 
 
 def _fit(arguments: argparse.Namespace) -> None:

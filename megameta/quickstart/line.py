@@ -14,7 +14,7 @@ from megameta.checkpoint.store import write_text_atomically
 from megameta.cluster.machine import machine_facts
 from megameta.config import RunConfig, load_config
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
-from megameta.quickstart import checks, open_export
+from megameta.quickstart import claims, open_export
 from megameta.quickstart.corpus import standard_library_documents, write_corpus
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report
 from megameta.quickstart.stages import Commands, Stage, StageRunner, Stopped, shown
@@ -153,23 +153,23 @@ class Quickstart:
         models = {}
         for (name, _, title), export in zip(RUNS, opened["models"], strict=True):
             config, run_dir = self.config(name), self.run_dir(name)
-            evaluation = checks.final_evaluation(run_dir, config.train.num_steps)
+            evaluation = claims.final_evaluation(run_dir, config.train.num_steps)
             records = read_metrics(run_dir / "metrics.jsonl")
             models[name] = ModelResult(title, config, records, evaluation, export["class"], export["samples"])
-        targets = checks.evaluated_targets(self.config("meta"))
-        entropy = checks.unigram_entropy(targets)
+        targets = claims.evaluated_targets(self.config("meta"))
+        entropy = claims.unigram_entropy(targets)
         counts = [result["targets"] for model in models.values() for result in model.evaluation.values()]
-        claims = [
-            *checks.loss_claims(
+        made = [
+            *claims.loss_claims(
                 {m.title: m.evaluation["valid"]["loss"] for m in models.values()}, entropy, self.margin
             ),
-            checks.same_targets_claim([len(targets), *counts]),
-            checks.branch_claim(checks.branch_movement(self.run_dir("meta"))),
-            checks.Claim(f"both exports opened and generated where `import megameta` gives {opened['blocked']}", True),
+            claims.same_targets_claim([len(targets), *counts]),
+            claims.branch_claim(claims.branch_movement(self.run_dir("meta"))),
+            claims.Claim(f"both exports opened and generated where `import megameta` gives {opened['blocked']}", True),
         ]
         command = shown(["tools/quickstart.py", *sys.argv[1:]])
         facts = machine_facts() | {"processes": str(self.num_processes), "seed": str(self.config("meta").run.seed)}
-        return Results(facts, models, entropy, claims, self.stages.times, [command, *self.shown], self.output)
+        return Results(facts, models, entropy, made, self.stages.times, [command, *self.shown], self.output)
 
     @property
     def margin(self) -> float:

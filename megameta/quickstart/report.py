@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megameta.config import RunConfig
-from megameta.quickstart.checks import Claim
+from megameta.quickstart.claims import Claim
 from megameta.quickstart.stages import StageTime, duration
 
 Floats = npt.NDArray[np.float64]

@@ -96,7 +96,7 @@ def _refuse(error: UserError, session: RunSession | None) -> NoReturn:
     _leave(code)
 
 
-def check(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
+def preflight(path: str | os.PathLike[str], overrides: list[str]) -> NoReturn:
     """``megameta slurm check`` on one rank: the checks before the first step, and nothing else."""
     topology: Topology | None = None
     try:

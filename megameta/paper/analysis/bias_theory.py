@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megameta.paper.analysis.boost_theory import boost_theory
 from megameta.paper.analysis.findings import Finding
 from megameta.paper.analysis.plots import META, OTHER, TEXT, finish
 from megameta.paper.analysis.registry import Options
@@ -269,3 +270,8 @@ def _pictures(meta_CN: Tensor, target_CNN: Tensor, shown: dict[str, Tensor]) -> 
         },
         size=(11.0, 5.5),
     )
+
+
+def theory(options: Options) -> list[Finding]:
+    """The paper's two statements, run: entropy under a boost, then biases of positions and of meta-tokens."""
+    return [*boost_theory(options), *bias_theory(options)]

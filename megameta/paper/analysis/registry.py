@@ -104,7 +104,7 @@ ANALYSES: dict[str, Analysis] = {
         "meta-tokens",
     ),
     "theory": Analysis(
-        "megameta.paper.analysis.theory:theory",
+        "megameta.paper.analysis.bias_theory:theory",
         "the paper's two statements, run on examples, where they hold and where not",
         "nothing",
     ),
