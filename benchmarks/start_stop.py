@@ -94,47 +94,48 @@ def starts(config: Path, repeats: int) -> dict[str, list[float]]:
 def timed_trainer(run: Any, topology: Any) -> Any:
     """A trainer whose every second save is asynchronous; ``spent`` has the seconds that are waited, by kind."""
     from megameta.train.loop import Trainer
+    from megameta.train.saving import RunCheckpoints
 
-    class Timed(Trainer):
-        def __init__(self) -> None:
-            super().__init__(run, topology)
-            self.spent: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            self.background = self.saver
-            self._wait = self.engine.before_update
-            self.engine.before_update = self._before_update
+    spent: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
-        def _before_update(self) -> None:
-            """Copies that are not made yet when weights are about to change hold training up, too."""
+    class TimedCheckpoints(RunCheckpoints):
+        def save(self, state: Any) -> None:
+            self.complete()
+            number = sum(len(spent[kind]) for kind in ("sync", "async"))
+            background.wait_for_removal()
+            self.saver = background if number % 2 else None
             start = time.perf_counter()
-            self._wait()
-            if self.spent["async"]:
-                self.spent["async"][-1] += time.perf_counter() - start
+            super().save(state)
+            spent["async" if number % 2 else "sync"].append(time.perf_counter() - start)
 
-        def _step(self) -> None:
-            busy = self.saver is not None and self.saver.is_writing
-            start = time.perf_counter()
-            super()._step()
-            self.spent["step beside a writer" if busy else "step"].append(time.perf_counter() - start)
-
-        def _save(self) -> None:
-            self._complete_save()
-            number = sum(len(self.spent[kind]) for kind in ("sync", "async"))
-            self.background.wait_for_removal()
-            self.saver = self.background if number % 2 else None
-            self.kind = "async" if number % 2 else "sync"
-            start = time.perf_counter()
-            super()._save()
-            self.spent[self.kind].append(time.perf_counter() - start)
-
-        def _complete_save(self) -> None:
+        def complete(self) -> None:
             if self.saver is not None and self.saver.is_pending:
                 start = time.perf_counter()
-                super()._complete_save()
+                super().complete()
                 seconds = time.perf_counter() - start
-                self.spent["publication"].append(seconds)
-                self.spent["async"][-1] += seconds
+                spent["publication"].append(seconds)
+                spent["async"][-1] += seconds
 
-    return Timed()
+    class Timed(Trainer):
+        def _step(self) -> None:
+            busy = self.checkpoints.is_writing
+            start = time.perf_counter()
+            super()._step()
+            spent["step beside a writer" if busy else "step"].append(time.perf_counter() - start)
+
+    def before_update() -> None:
+        """Copies that are not made yet when weights are about to change hold training up, too."""
+        start = time.perf_counter()
+        background.wait_for_copies()
+        if spent["async"]:
+            spent["async"][-1] += time.perf_counter() - start
+
+    trainer = Timed(run, topology)
+    trainer.spent = spent  # type: ignore[attr-defined]
+    trainer.checkpoints = TimedCheckpoints(run, topology, trainer.session, trainer.engine, trainer.records)
+    background = trainer.checkpoints.saver
+    trainer.engine.before_update = before_update
+    return trainer
 
 
 def stalls(config: str, saves: int, overrides: list[str]) -> dict[str, Any]:

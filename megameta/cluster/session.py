@@ -33,6 +33,12 @@ class RunSession:
     lock: IO[str] | None
     """Held by rank 0 alone."""
 
+    def enter(self, phase: str) -> None:
+        """Something else than before begins: for the heartbeat and the watchdog."""
+        self.monitor.progress()
+        if self.monitor.heartbeat is not None:
+            self.monitor.heartbeat.phase = phase
+
     def close(self, phase: str = FAILED) -> None:
         """Let go of everything; ``phase`` is what ``megameta status`` will show."""
         self.monitor.close(phase)

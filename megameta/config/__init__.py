@@ -4,6 +4,8 @@ A YAML file says only what differs from the defaults in ``sections``; ``base: ot
 """
 
 from megameta.config.automatic import assume, device_of, settle
+from megameta.config.deepspeed import zero_stage
+from megameta.config.derived import data_parallel_size, step_flops
 from megameta.config.loading import (
     apply_overrides,
     build_config,
@@ -15,6 +17,7 @@ from megameta.config.loading import (
     nearest_key,
 )
 from megameta.config.sections import DataSection, OptimizerSection, RunConfig, Section, Source
+from megameta.config.validate import problems, validate
 from megameta.config.yaml_format import dump_yaml
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "assume",
     "build_config",
     "config_schema",
+    "data_parallel_size",
     "device_of",
     "dump_yaml",
     "key_locations",
@@ -34,5 +38,9 @@ __all__ = [
     "load_config",
     "load_raw",
     "nearest_key",
+    "problems",
     "settle",
+    "step_flops",
+    "validate",
+    "zero_stage",
 ]

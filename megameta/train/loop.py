@@ -1,9 +1,7 @@
 """The training run: steps, evaluations, checkpoints, and an exact resume."""
 
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,33 +16,29 @@ from megameta.checkpoint import (
     check_resumable,
     latest_checkpoint,
     open_checkpoint,
-    prune,
-    save_distributed,
 )
-from megameta.checkpoint.background import BackgroundSaver
-from megameta.checkpoint.store import point_latest, step_name, step_of
-from megameta.cluster.attempt import Attempt
-from megameta.cluster.heartbeat import EVALUATING, FAILED, PHASE_OF, SAVING, TRAINING
+from megameta.cluster.heartbeat import EVALUATING, FAILED, PHASE_OF, TRAINING
 from megameta.cluster.machine import measure_peak_flops
 from megameta.cluster.session import RunSession, open_run
 from megameta.cluster.stop import StopRequest
-from megameta.config import RunConfig
-from megameta.config.deepspeed import zero_stage
-from megameta.config.derived import step_flops
+from megameta.config import RunConfig, step_flops, zero_stage
 from megameta.data.counter_random import make_key
 from megameta.data.loader import next_batch_number
-from megameta.engine.build import initial_weights, settle_on
-from megameta.engine.engine import NonFiniteGradient, NonFiniteLoss
-from megameta.engine.pipeline_engine import make_engine
-from megameta.engine.replicas import check_replicas
-from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, Superseded, UserError
-from megameta.files import write_text_atomically
-from megameta.log import LOG, duration
+from megameta.engine import (
+    NonFiniteGradient,
+    NonFiniteLoss,
+    check_replicas,
+    initial_weights,
+    make_engine,
+    settle_on,
+)
+from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.log import LOG
 from megameta.model import Attention
 from megameta.parallel.topology import Topology
 from megameta.train.data import MakeProbe, PretrainingData, Probe, RunData
-from megameta.train.display import StepDisplay
-from megameta.train.metrics import MetricsFile, TensorBoard
+from megameta.train.recording import RunRecords
+from megameta.train.saving import RunCheckpoints
 from megameta.train.schedule import learning_rate
 
 
@@ -63,7 +57,6 @@ class Trainer:
         self.config = config
         self.topology = topology
         self.directory = Path(config.run.dir)
-        self.checkpoints = self.directory / "checkpoints"
         self._owns_session = session is None
         self.session = session if session is not None else open_run(config, topology)
         self.stop = stop if stop is not None else StopRequest()
@@ -76,10 +69,6 @@ class Trainer:
         self.probe: Probe | None = None
         if config.analysis.interval and make_probe is not None:
             self.probe = make_probe(config, topology)
-        self.saver: BackgroundSaver | None = None
-        if config.checkpoint.async_save:
-            group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
-            self.saver = BackgroundSaver(topology, group, pin_memory=topology.device_type == "cuda")
         self.state = TrainerState(step=0, next_batch=0, tokens=0, targets=0, optimizer_step=0)
         weights = checkpoint.weights() if checkpoint else initial_weights(config, topology)
         self.engine = make_engine(config, topology, weights)
@@ -87,8 +76,6 @@ class Trainer:
             self.state = checkpoint.trainer()
             self.engine.state.load_moments(checkpoint.moments(), self.state.optimizer_step)
             self.engine.load_loss_scale(self.state.loss_scale)
-        if self.saver is not None:
-            self.engine.before_update = self.saver.wait_for_copies
         self.session.monitor.groups = {
             "world": dist.group.WORLD,
             "data": self.engine.groups.data,
@@ -96,7 +83,8 @@ class Trainer:
         }
         self.engine.flags = self._flags
         self._describe(checkpoint)
-        self._open_records()
+        self.records = RunRecords(config, self.session, self.state.step, is_main=topology.is_main)
+        self.checkpoints = RunCheckpoints(config, topology, self.session, self.engine, self.records)
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -132,18 +120,6 @@ class Trainer:
         if (heartbeat := self.session.monitor.heartbeat) is not None:
             heartbeat.step = heartbeat.saved_step = self.state.step
 
-    def _open_records(self) -> None:
-        self.metrics: MetricsFile | None = None
-        self.tensorboard: TensorBoard | None = None
-        self.display: StepDisplay | None = None
-        if not self.topology.is_main:
-            return
-        config = self.config
-        write_text_atomically(self.directory / "config.yaml", config.to_yaml())
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.state.step, self.session.attempt)
-        if config.log.tensorboard:
-            self.tensorboard = TensorBoard(self.directory / "tensorboard", self.state.step)
-
     # --- run --------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -171,10 +147,8 @@ class Trainer:
         LOG.info("mfu is a share of %.3g TFLOP/s a rank, %s", peak_flops / 1e12, source)
         slots = config.train.global_batch_size * config.data.sequence_length
         self._flops_rate = step_flops(config) / slots / (peak_flops * topology.world_size)
-        self._durations: deque[float] = deque(maxlen=50)
-        if topology.is_main:
-            self.display = StepDisplay("training", config.train.num_steps, self.state.step, config.log.interval)
-        self._enter(TRAINING)
+        self.records.begin(self.state.step)
+        self.session.enter(TRAINING)
         while self.state.step < config.train.num_steps:
             self._step()
             step, last = self.state.step, self.state.step == config.train.num_steps
@@ -191,21 +165,21 @@ class Trainer:
             # What came with the step's loss, or is asked for, which the host waits for.
             stopping, is_writing = self.engine.any_rank(*self._flags()) if asks else self.engine.flagged
             if not is_writing:
-                self._complete_save()
+                self.checkpoints.complete()
             if last or stopping or step % config.checkpoint.interval == 0:
-                self._save()
+                self.checkpoints.save(self.state)
             if last or stopping:
-                self._complete_save()
+                self.checkpoints.complete()
             if stopping and not last:
                 LOG.info("stopped by a signal after step %d; saved; start it again to go on", step)
                 return EXIT_INTERRUPTED
-        LOG.info("done: %d steps, checkpoint %s", self.state.step, self.checkpoints / step_name(self.state.step))
+        LOG.info("done: %d steps, checkpoint %s", self.state.step, self.checkpoints.path(self.state.step))
         LOG.info("next: python tools/convert_checkpoint.py to-hf %s --output DIR", config.run.dir)
         return EXIT_OK
 
     def _flags(self) -> tuple[bool, bool]:
         """Whether this rank is asked to stop, and whether its thread is writing."""
-        return self.stop.requested, self.saver is not None and self.saver.is_writing
+        return self.stop.requested, self.checkpoints.is_writing
 
     def _step(self) -> None:
         config, state = self.config, self.state
@@ -221,13 +195,13 @@ class Trainer:
             result = self.engine.train_step(batches, lr)
         except UserError as error:
             if isinstance(error, NonFiniteLoss | NonFiniteGradient):  # on every rank, so that all can save together
-                self._complete_save()
+                self.checkpoints.complete()
             updated = isinstance(error, NonFiniteGradient) and error.updated
             untouched = "" if updated else "Nothing was updated; "
+            saved = self.checkpoints.latest_step()
             raise UserError(
-                f"step {step}, batch {batch_number}: {error}. {untouched}the last checkpoint is that of step"
-                f" {self._saved_step()}. Look at the samples, or pass over them with data.skip=[[{batch_number},"
-                f" {following}]]"
+                f"step {step}, batch {batch_number}: {error}. {untouched}the last checkpoint is that of step {saved}."
+                f" Look at the samples, or pass over them with data.skip=[[{batch_number}, {following}]]"
             ) from error
         slots = sum(batch.token_BT.numel() for batch in batches) * self.topology.data_parallel_size
         self.state = replace(
@@ -241,7 +215,6 @@ class Trainer:
         self.session.monitor.progress()
         self.session.slow_ranks.add(self.engine.forward_seconds)
         seconds = time.perf_counter() - start
-        self._durations.append(seconds)
         record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
@@ -257,131 +230,26 @@ class Trainer:
             record["skipped"] = True
         if step % config.log.interval == 0 or step == config.train.num_steps:
             record["epochs"] = self.data.epochs(following)
-        self._record_step(record, slots)
-
-    def _record_step(self, record: dict[str, Any], slots: int) -> None:
-        step, num_steps = record["step"], self.config.train.num_steps
-        if self.metrics:
-            self.metrics.write(record)
-        if self.tensorboard and (step % self.config.log.interval == 0 or step == num_steps):
-            series = {f"train/{k}": v for k, v in record.items() if k not in ("step", "batch", "skipped", "epochs")}
-            series |= {f"epochs/{name}": count for name, count in record["epochs"].items()}
-            self.tensorboard.write(step, series)
-        if self.display:
-            typical = statistics.median(self._durations)
-            speed, left = slots / typical, typical * (num_steps - step)
-            self.display.step(step, record["loss"], record["lr"], speed, left)
-            if (heartbeat := self.session.monitor.heartbeat) is not None:
-                heartbeat.step = step
-                heartbeat.numbers = {"loss": record["loss"], "tokens_per_second": speed, "eta_seconds": left}
-
-    def _enter(self, phase: str) -> None:
-        """Something else than before begins: for the heartbeat and the watchdog."""
-        self.session.monitor.progress()
-        if (heartbeat := self.session.monitor.heartbeat) is not None:
-            heartbeat.phase, heartbeat.step = phase, self.state.step
+        self.records.step(record, seconds, slots)
 
     def _evaluate(self, sets: list[str]) -> None:
         start = time.perf_counter()
-        self._enter(EVALUATING)
+        self.session.enter(EVALUATING)
         results = self.data.evaluator.run(self.engine, sets)
-        step = self.state.step
-        values = {
-            f"{name}/{measure}": value
-            for name, result in results.items()
-            for measure, value in vars(result).items()
-            if value is not None
-        }
-        if self.metrics:
-            self.metrics.write({"step": step, "eval": {name: vars(result) for name, result in results.items()}})
-        if self.tensorboard:
-            self.tensorboard.write(step, {f"eval/{name}": value for name, value in values.items()})
-        for name, result in results.items():
-            LOG.info("step %d · %s: %s", step, name, result)
-        LOG.info("evaluation took %s", duration(time.perf_counter() - start))
-        self._enter(TRAINING)
+        self.records.evaluation(self.state.step, results, time.perf_counter() - start)
+        self.session.enter(TRAINING)
 
     def _analyze(self, probe: Probe) -> None:
         start = time.perf_counter()
-        self._enter(EVALUATING)
+        self.session.enter(EVALUATING)
         found = probe.measure(self.engine)
-        seconds = time.perf_counter() - start
-        step, every = self.state.step, self.config.analysis.interval
-        share = seconds / (every * statistics.median(self._durations))
-        if self.metrics:
-            self.metrics.write({"step": step, "analysis": found, "seconds": seconds, "share_of_steps": share})
-        if self.tensorboard:
-            self.tensorboard.write(step, {f"analysis/{name}": value for name, value in found.items()})
-        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        LOG.info("step %d · inside: %s; %.2f s, %.1f %% of %d steps", step, numbers, seconds, 100 * share, every)
-        self._enter(TRAINING)
-
-    # --- end --------------------------------------------------------------------------------------------------------
-
-    def _saved_step(self) -> int:
-        found = latest_checkpoint(self.directory)
-        return step_of(found) if found else 0
-
-    def _save(self) -> None:
-        """Every rank writes its share, or has its writing thread do so beside the next steps."""
-        state = replace(
-            self.state, optimizer_step=self.engine.state.optimizer_step, loss_scale=self.engine.loss_scale_state()
-        )
-        path, attempt = self.checkpoints / step_name(state.step), self.session.attempt
-        self._complete_save()  # the one before, where threads take longer than checkpoint.interval
-        self._enter(SAVING)
-        if self.saver is not None:
-            self.saver.begin(path, self.config, self.engine.state, state, attempt)
-        else:
-            save_distributed(path, self.config, self.engine.state, state, self.topology, attempt)
-            self._publish_together(path)
-        self._enter(TRAINING)
-
-    def _complete_save(self) -> None:
-        """Wait for the checkpoint that is being written beside training, if there is one, and publish it."""
-        if self.saver is None or not self.saver.is_pending:
-            return
-        self._enter(SAVING)
-        self._publish_together(self.saver.complete())
-        self._enter(TRAINING)
-
-    def _publish_together(self, path: Path) -> None:
-        """``latest`` moves, and older checkpoints go; what fails on the main rank is raised on all."""
-        failure: list[UserError | None] = [None]
-        if self.topology.is_main:
-            try:
-                if self.metrics:
-                    self.metrics.sync()  # after a power cut, too, it reaches to the step that the run goes on from
-                self._publish(path, self.session.attempt)
-            except Superseded as error:
-                failure = [error]
-            except (OSError, UserError) as error:
-                remedy = "free space or mend the disk, then start the run again"
-                failure = [UserError(f"{path} is saved, but {error}; {remedy}")]
-        dist.broadcast_object_list(failure)
-        if failure[0]:
-            raise failure[0]
-
-    def _publish(self, path: Path, attempt: Attempt) -> None:
-        """Make a saved checkpoint the newest, and remove what it replaces."""
-        attempt.check()
-        point_latest(path)
-        if (heartbeat := self.session.monitor.heartbeat) is not None:
-            heartbeat.saved_step = step_of(path)
-        attempt.check()
-        keep = self.config.checkpoint.keep
-        if self.saver is not None:
-            self.saver.prune(self.checkpoints, keep)
-        else:
-            prune(self.checkpoints, keep)
+        self.records.analysis(self.state.step, found, time.perf_counter() - start)
+        self.session.enter(TRAINING)
 
     def _close(self) -> None:
-        if self.saver is not None:
-            self.saver.cancel()
+        self.checkpoints.close()
         self.loader.close()
-        for record in (self.display, self.tensorboard, self.metrics):
-            if record is not None:
-                record.close()
+        self.records.close()
 
 
 def describe_layout(config: RunConfig, topology: Topology) -> str:

@@ -66,18 +66,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """RUN/tensorboard; points of steps after the resumed one are purged."""
+    """RUN/tensorboard: evaluations, analyses, and the steps that log.interval shows; points after the resumed step are
+    purged."""
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One point a series."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+    def write(self, record: dict[str, Any]) -> None:
+        """One point a series of a record of ``MetricsFile``."""
+        for name, value in _series(record).items():
+            if value is not None:
+                self._writer.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Nothing: its threads write when they do, and no run resumes from it."""
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _series(record: dict[str, Any]) -> dict[str, float | None]:
+    if "eval" in record:
+        return {f"eval/{name}/{key}": value for name, result in record["eval"].items() for key, value in result.items()}
+    if "analysis" in record:
+        return {f"analysis/{name}": value for name, value in record["analysis"].items()}
+    if "epochs" not in record:  # which come with the steps that are shown
+        return {}
+    numbers = {f"train/{k}": v for k, v in record.items() if k not in ("step", "batch", "skipped", "epochs")}
+    return numbers | {f"epochs/{name}": count for name, count in record["epochs"].items()}

@@ -19,8 +19,9 @@ from megameta.cluster.attempt import claim, how_it_ended, newest_attempt, newest
 from megameta.cluster.run_lock import is_gone, lock_run
 from megameta.config import build_config
 from megameta.errors import Superseded, UserError
-from megameta.train import loop
+from megameta.parallel.topology import Topology
 from megameta.train.metrics import MetricsFile, read_metrics
+from megameta.train.saving import RunCheckpoints
 from tests.support.paths import ROOT
 
 CONFIG = build_config({"data": {"train": "x"}})
@@ -91,20 +92,19 @@ def test_a_stale_attempt_moves_no_pointer_and_removes_nothing(tmp_path):
         save(tmp_path, step, stale, 1.0)
     folder = tmp_path / "checkpoints"
     point_latest(folder / step_name(30))
-    config = build_config({"data": {"train": "x"}, "checkpoint": {"keep": 1}})
-    state = SimpleNamespace(step=10)
+    config = build_config({"run": {"dir": str(tmp_path)}, "data": {"train": "x"}, "checkpoint": {"keep": 1}})
     session = SimpleNamespace(monitor=SimpleNamespace(heartbeat=None))
-    trainer = SimpleNamespace(checkpoints=folder, config=config, state=state, session=session)
+    checkpoints = RunCheckpoints(config, Topology(), session, None, None)
     claim(tmp_path)
     with pytest.raises(Superseded):
-        loop.Trainer._publish(trainer, folder / step_name(10), stale)
+        checkpoints._publish(folder / step_name(10), stale)
     assert saved_step(tmp_path) == 30 and len(list(folder.glob("step_*"))) == 3
     # Superseded between the two: the pointer was its own, what follows is not.
     newer = newest_attempt(tmp_path)
     calls = []
     late = SimpleNamespace(check=lambda: calls.append(1) or (newer.check() if len(calls) < 2 else stale.check()))
     with pytest.raises(Superseded):
-        loop.Trainer._publish(trainer, folder / step_name(30), late)
+        checkpoints._publish(folder / step_name(30), late)
     assert len(list(folder.glob("step_*"))) == 3
 
 

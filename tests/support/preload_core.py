@@ -20,7 +20,7 @@ LATE = (
     "torch._dynamo",
     "torch.distributed.nn.functional",
 )
-PACKAGES = ("train", "parallel", "checkpoint", "data", "model", "config")
+PACKAGES = ("train", "engine", "cluster", "parallel", "checkpoint", "data", "model", "config")
 
 
 def import_all(packages: Iterable[str], *, but: Iterable[str] = ()) -> None:

@@ -112,7 +112,7 @@ def _published_late(topology, corpus, root):
         if trainer.state.step == 5:
             go_on.set()
         if trainer.state.step == 5 or (trainer.state.step == 4 and topology.rank == 0):
-            wait_until(lambda: not trainer.saver.is_writing)
+            wait_until(lambda: not trainer.checkpoints.saver.is_writing)
 
     TensorWriter.close = closing
     try:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from megameta.config.derived import step_flops
 from megameta.errors import UserError
 from megameta.model.flops import forward_flops
 from megameta.parallel.topology import Topology
-from megameta.train import loop
+from megameta.train import saving
 from megameta.train.metrics import MetricsFile, read_metrics
 from tests.support.training import tiny_config
 
@@ -39,22 +38,16 @@ def test_the_lines_are_on_the_disk_before_latest_names_their_checkpoint(tmp_path
     done = []
     topology, state = Topology(), TrainerState(step=3, next_batch=3, tokens=1, targets=1, optimizer_step=3)
     engine = SimpleNamespace(state=SimpleNamespace(optimizer_step=3), loss_scale_state=lambda: None)
-    metrics = SimpleNamespace(sync=lambda: done.append("sync"))
-    config = tiny_config("x")
-    monkeypatch.setattr(loop, "save_distributed", lambda *_: done.append("save"))
-    monkeypatch.setattr(loop, "point_latest", lambda *_: done.append("latest"))
-    monkeypatch.setattr(loop, "prune", lambda *_: done.append("prune"))
-    monkeypatch.setattr(loop.dist, "broadcast_object_list", lambda values: None)
+    records = SimpleNamespace(sync=lambda: done.append("sync"))
+    monkeypatch.setattr(saving, "save_distributed", lambda *_: done.append("save"))
+    monkeypatch.setattr(saving, "point_latest", lambda *_: done.append("latest"))
+    monkeypatch.setattr(saving, "prune", lambda *_: done.append("prune"))
+    monkeypatch.setattr(saving.dist, "broadcast_object_list", lambda values: None)
     attempt = SimpleNamespace(check=lambda: done.append("still the newest attempt?"))
-    trainer = SimpleNamespace(
-        state=state, engine=engine, metrics=metrics, topology=topology, config=config, checkpoints=tmp_path, saver=None
-    )
-    trainer.session = SimpleNamespace(attempt=attempt, monitor=SimpleNamespace(heartbeat=None))
-    trainer._enter = lambda phase: None
-    trainer._publish = partial(loop.Trainer._publish, trainer)
-    trainer._publish_together = partial(loop.Trainer._publish_together, trainer)
-    trainer._complete_save = partial(loop.Trainer._complete_save, trainer)
-    loop.Trainer._save(trainer)
+    monitor = SimpleNamespace(heartbeat=None)
+    session = SimpleNamespace(attempt=attempt, monitor=monitor, enter=lambda phase: None)
+    config = tiny_config("x", run__dir=str(tmp_path))
+    saving.RunCheckpoints(config, topology, session, engine, records).save(state)
     asked = "still the newest attempt?"
     assert done == ["save", "sync", asked, "latest", asked, "prune"]
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
