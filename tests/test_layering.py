@@ -1,14 +1,13 @@
-"""Imports point one way: cli, tools → tasks, analysis → train → hf → checkpoint, parallel, data → config →
-model.
+"""Imports point one way, from top to bottom of ``LAYERS``, and in no circle.
 
 Read from the source (nothing is imported), so that an import inside a function, under TYPE_CHECKING, or by
 ``import_module("megameta…")`` counts too. A part may import from layers below its own and from itself; not from its
-neighbours of the same layer. Parts that do not exist yet are simply not found; a new one needs a place in LAYERS.
+neighbours of the same layer. A new part needs a place in LAYERS.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,8 +49,14 @@ def part_of(module: str) -> str | None:
     return names[1] if len(names) > 1 else "__init__"
 
 
-def imports(source: str, module: str, is_package: bool, parts: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of every module that the source imports."""
+def imports(
+    source: str, module: str, is_package: bool, parts: set[str], members: Collection[str] = ()
+) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every module that the source imports.
+
+    Args:
+        members: names of modules; ``from package import member`` imports the member.
+    """
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -59,7 +64,10 @@ def imports(source: str, module: str, is_package: bool, parts: set[str]) -> Iter
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
-            if name == PACKAGE:  # from megameta import data: a part, or a name of megameta/__init__.py
+            inner = [f"{name}.{alias.name}" for alias in node.names]
+            if members:
+                yield from ((node.lineno, each if each in members else name) for each in inner)
+            elif name == PACKAGE:  # from megameta import data: a part, or a name of megameta/__init__.py
                 yield from (
                     (node.lineno, f"{PACKAGE}.{alias.name}" if alias.name in parts else PACKAGE) for alias in node.names
                 )
@@ -107,17 +115,54 @@ def modules() -> list[tuple[str, Path]]:
 
 def test_every_part_has_its_place() -> None:
     found = {part_of(name) for name, _ in modules()}
-    assert {"model", "__init__", "errors"} <= found
-    unplaced = found - set(RANK) - SHARED
-    assert not unplaced, f"give {sorted(map(str, unplaced))} a place in LAYERS (tests/test_layering.py)"
+    assert found == set(RANK) | SHARED, "LAYERS and SHARED (tests/test_layering.py) name the parts that there are"
 
 
 def test_imports_point_one_way() -> None:
     found = []
     for name, path in modules():
-        if part_of(name) in set(RANK) | SHARED:
-            found += complaints(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py")
+        found += complaints(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py")
     assert not found, "\n".join(found)
+
+
+def graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """The modules that each module imports, of (source, whether it is a package) by name."""
+    found: dict[str, set[str]] = {}
+    for name, (source, is_package) in sources.items():
+        taken = {taken for _, taken in imports(source, name, is_package, set(), members=set(sources))}
+        found[name] = taken & set(sources) - {name}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of modules that import one another, however long the way round."""
+    reached = {name: {name} for name in edges}
+    for name in edges:
+        waiting = [name]
+        while waiting:
+            for other in edges[waiting.pop()] - reached[name]:
+                reached[name].add(other)
+                waiting.append(other)
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in edges}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_no_circle() -> None:
+    sources = {name: (path.read_text(encoding="utf-8"), path.name == "__init__.py") for name, path in modules()}
+    edges = graph(sources)
+    assert edges["megameta.train.loop"] >= {"megameta.train.saving", "megameta.checkpoint"}
+    assert circles(edges) == []
+
+
+def test_circles_are_found() -> None:
+    sources = {
+        "megameta": ("", True),
+        "megameta.a": ("from megameta.b import x", False),
+        "megameta.b": ("def f():\n    from megameta import c", False),
+        "megameta.c": ("from .a import y", False),
+        "megameta.d": ("import megameta.a", False),
+    }
+    assert circles(graph(sources)) == [["megameta.a", "megameta.b", "megameta.c"]]
 
 
 @pytest.mark.parametrize(
