@@ -1,1 +1,1 @@
-
+"""What a training step reads: indexed files, orders, mixtures, samples with meta-tokens, the loader."""

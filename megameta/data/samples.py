@@ -1,4 +1,4 @@
-"""Which text a sample holds, in closed form (design.md): no sample table is ever built.
+"""Which text a sample holds, in closed form: no sample table is ever built.
 
 One epoch is the concatenation of all documents in a random order; sample j of it starts at token p = j · L and holds L
 tokens plus the one that follows. Samples of an epoch are visited in a random order of their own. What is left over at

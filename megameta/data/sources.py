@@ -1,4 +1,4 @@
-"""Which samples a configuration trains and evaluates on: pooled datasets, mixtures, splits (spec §1, design.md)."""
+"""Which samples a configuration trains and evaluates on: pooled datasets, mixtures, splits (spec §1)."""
 
 from dataclasses import dataclass
 from pathlib import Path

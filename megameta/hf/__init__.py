@@ -1,1 +1,1 @@
-
+"""The HuggingFace model from the training model's own source, and conversion both ways."""

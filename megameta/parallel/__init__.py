@@ -1,1 +1,1 @@
-
+"""Work over several ranks: groups, collectives, losses, the tensor-parallel table, pipeline stages."""

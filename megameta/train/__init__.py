@@ -1,1 +1,1 @@
-
+"""A run: its loop, data, evaluation, records and checkpoints; one process that evaluates; longer windows."""
