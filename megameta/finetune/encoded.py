@@ -20,6 +20,9 @@ _VERSION = 1
 #: Rows of a batch are padded to a multiple of this, which tensor-parallel ranks can share.
 _MULTIPLE = 8
 
+#: In place of an index of DIFFICULTIES.
+OTHER_DIFFICULTY = -1
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -55,7 +58,8 @@ class EncodedExamples:
             ends.append(end)
             answers.append(encoded.answer_start)
             bins.append(example.bin)
-            levels.append(DIFFICULTIES.index(example.difficulty) if example.difficulty in DIFFICULTIES else -1)
+            known = example.difficulty in DIFFICULTIES
+            levels.append(DIFFICULTIES.index(example.difficulty) if known else OTHER_DIFFICULTY)
         if not tokens:
             raise UserError(f"{self.path} holds no examples")
         return {

@@ -17,6 +17,7 @@ from megameta.engine.build import build_model
 from megameta.engine.loss_module import LossModule, make_scores, sum_scores
 from megameta.files import write_text_atomically
 from megameta.finetune.data import TaskEvaluator, TaskResult
+from megameta.finetune.encoded import OTHER_DIFFICULTY
 from megameta.finetune.examples import DIFFICULTIES
 from megameta.parallel.topology import Topology
 from megameta.statistics import wilson
@@ -47,7 +48,8 @@ def score_cells(module: LossModule, config: RunConfig) -> Iterator[Cell]:
         task, _, bound = name.partition("/")
         sums = np.zeros(6)
         parts = []
-        for level, difficulty in enumerate(DIFFICULTIES):
+        # Examples of another difficulty count in the whole, and have no cell of their own.
+        for level, difficulty in [*enumerate(DIFFICULTIES), (OTHER_DIFFICULTY, None)]:
             members = chosen[source.difficulty_N[chosen] == level]
             if not len(members):
                 continue
@@ -56,7 +58,8 @@ def score_cells(module: LossModule, config: RunConfig) -> Iterator[Cell]:
                 lambda batch: module(batch, score=True), evaluator.batches(name), None, str(device)
             )
             sums += [*total.tolist(), *counts]
-            parts.append(Cell(task, int(bound), difficulty, TaskResult.of(make_scores(total.tolist(), counts))))
+            if difficulty is not None:
+                parts.append(Cell(task, int(bound), difficulty, TaskResult.of(make_scores(total.tolist(), counts))))
         whole = make_scores(sums[:3].tolist(), [int(count) for count in sums[3:]])
         yield Cell(task, int(bound), "all", TaskResult.of(whole))
         yield from parts

@@ -18,7 +18,7 @@ from megameta.engine.loss_module import LossModule, sum_scores
 from megameta.errors import UserError
 from megameta.finetune.data import PhaseOrder, TaskEvaluator, TaskLoader, load_examples
 from megameta.finetune.examples import encode_example, read_examples
-from megameta.finetune.score import evaluate_tasks
+from megameta.finetune.score import evaluate_tasks, score_cells
 from megameta.paper.tasks.generate import TaskOptions, generate
 from megameta.paper.tasks.words import WORDS
 from megameta.parallel.topology import Topology
@@ -331,6 +331,25 @@ def test_bad_files_are_named(folder, changes, message):
     config = config_of(folder, **changes)
     with pytest.raises(UserError, match=message):
         PhaseOrder(config, load_examples(config, "train"))
+
+
+def test_tasks_of_other_names(folder, tmp_path):
+    """They come after the paper's four, whose order the batches of earlier runs depend on; a difficulty that is not one
+    of the paper's is scored with the whole of its bin."""
+    shutil.copytree(folder / "tasks", tmp_path / "tasks")
+    line = {"task": "capitals", "bin": 64, "prompt": "Item of Count:", "answer": "7"}
+    for split in ("train", "test"):
+        (tmp_path / "tasks" / "capitals").mkdir(exist_ok=True)
+        lines = [json.dumps({**line, "difficulty": level, "answer": level[-1]}) for level in ("easy", "own 1", "own 2")]
+        (tmp_path / "tasks" / "capitals" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    config = config_of(folder, directory=str(tmp_path / "tasks"))
+    examples = load_examples(config, "train")
+    assert list(examples) == ["list_recall", "parity", "capitals"]
+    before = PhaseOrder(config_of(folder), load_examples(config_of(folder), "train")).members[0]
+    assert PhaseOrder(config, examples).members[0][: len(before)].tolist() == before.tolist()
+    module = LossModule(build_model(config)).eval()
+    cells = {(c.bin, c.difficulty): c for c in score_cells(module, config) if c.task == "capitals"}
+    assert {key: cell.result.examples for key, cell in cells.items()} == {(64, "all"): 3, (64, "easy"): 1}
 
 
 def test_columns_before_the_answers_need_no_logits(folder):
