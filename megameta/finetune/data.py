@@ -100,9 +100,9 @@ class TaskData:
 
     def epochs(self, num_batches: int) -> dict[str, float]:
         """Of the phase that the last of so many batches belongs to."""
-        phase, place = self.order.place(max(0, num_batches - 1))
+        phase, index = self.order.locate(max(0, num_batches - 1))
         count = len(self.order.members[phase])
-        return {f"phase {phase + 1}": (place + 1) * self.config.train.global_batch_size / count}
+        return {f"phase {phase + 1}": (index + 1) * self.config.train.global_batch_size / count}
 
     def evaluates(self, step: int) -> bool:
         per_phase = self.config.train.num_steps // len(self.config.finetune.phases)
@@ -147,7 +147,7 @@ class PhaseOrder:
             self.members.append(found)
         self._orders: OrderedDict[tuple[int, int], Ints] = OrderedDict()
 
-    def place(self, batch: int) -> tuple[int, int]:
+    def locate(self, batch: int) -> tuple[int, int]:
         """(phase, which of the phase's batches) of a global batch; those beyond the run count on in the last phase."""
         per_phase = self.config.train.num_steps // len(self.members)
         phase = min(batch // per_phase, len(self.members) - 1)
@@ -155,10 +155,10 @@ class PhaseOrder:
 
     def batch(self, number: int) -> Ints:
         """(task, example) of each row of a global batch: int64 (G, 2)."""
-        phase, place = self.place(number)
+        phase, index = self.locate(number)
         per_epoch = len(self.members[phase]) // self.config.train.global_batch_size
-        epoch, index = divmod(place, per_epoch)
-        return self.members[phase][self._order(phase, epoch)[index]]
+        epoch, number_in_epoch = divmod(index, per_epoch)
+        return self.members[phase][self._order(phase, epoch)[number_in_epoch]]
 
     def _order(self, phase: int, epoch: int) -> Ints:
         """Places in ``members`` of each batch of an epoch: (batches, G). Some are left over, others each epoch."""

@@ -43,7 +43,7 @@ def reproduce(
     root = Path(output) if output is not None else Path("reproduce") / Path(scale_name).stem
     experiment = Experiment(scale, root)
     found = TARGETS[target]
-    slots, environments = places(jobs or scale.jobs, scale.processes)
+    slots, environments = job_slots(jobs or scale.jobs, scale.processes)
     runner = JobRunner(root, found.jobs(experiment), slots, environments=environments)
     left = [job for job in runner.jobs if not runner.is_done(job)]
     print(f"{found.title}: {scale.description}; in {root}, {slots} at a time", flush=True)
@@ -91,8 +91,8 @@ def _not_whole(runner: "JobRunner", left: int) -> str:
     )
 
 
-def places(jobs: int, processes: int) -> tuple[int, list[dict[str, str]]]:
-    """How many runs at a time, and the environment of each place: GPUs of its own, or one thread on a CPU."""
+def job_slots(jobs: int, processes: int) -> tuple[int, list[dict[str, str]]]:
+    """How many runs at a time, and the environment of each slot: GPUs of its own, or one thread on a CPU."""
     import torch
 
     gpus = torch.cuda.device_count()
