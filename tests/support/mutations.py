@@ -63,10 +63,10 @@ def doubled_reduce() -> Any:
 
     def forward(ctx: Any, x: Any, tp: Any) -> Any:
         ctx.tp = tp
-        return collectives._all_reduce(x, tp)
+        return collectives.all_reduce(x, tp)
 
     def backward(ctx: Any, grad: Any) -> Any:
-        return collectives._all_reduce(grad, ctx.tp), None
+        return collectives.all_reduce(grad, ctx.tp), None
 
     return mock.patch.multiple(
         collectives._ReduceShards, forward=staticmethod(forward), backward=staticmethod(backward)
@@ -129,16 +129,16 @@ def counted_twice() -> Iterator[None]:
 @contextlib.contextmanager
 def unmarked_shards() -> Iterator[None]:
     """DeepSpeed's norm is not told which parameters are shards."""
-    from megameta.engine import build as setup
+    from megameta.engine import build
 
-    right = setup.prepare_parameters
+    right = build.prepare_parameters
 
     def prepare(model: Any, tp: Any) -> None:
         right(model, tp)
         for parameter in model.parameters():
             parameter.tensor_model_parallel = False
 
-    with mock.patch.object(setup, "prepare_parameters", prepare):
+    with mock.patch.object(build, "prepare_parameters", prepare):
         yield
 
 
@@ -160,14 +160,14 @@ def whole_counted_twice() -> Iterator[None]:
 @contextlib.contextmanager
 def other_draws() -> Iterator[None]:
     """Each tensor-parallel rank draws its weights from a seed of its own."""
-    from megameta.engine import build as setup
+    from megameta.engine import build
 
-    right = setup.draw_parameter
+    right = build.draw_parameter
 
     def draw(name: str, shape: Any, config: Any, seed: int) -> Any:
         return right(name, shape, config, seed + dist.get_rank())
 
-    with mock.patch.object(setup, "draw_parameter", draw):
+    with mock.patch.object(build, "draw_parameter", draw):
         yield
 
 
