@@ -22,6 +22,7 @@ from megameta.parallel.groups import TensorParallel
 
 
 def all_reduce(x: Tensor, tp: TensorParallel, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The ranks' x reduced, as a new tensor on every rank. No gradient."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op, group=tp.group)
     return x
