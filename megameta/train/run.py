@@ -72,7 +72,7 @@ def train(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             what = f"{error.filename or 'the run directory'}: {error.strerror}"
-            _refuse(UserError(f"{what}; free space, or set run.dir to a session that can be written"), session)
+            _refuse(UserError(f"{what}; free space, or set run.dir to a place that can be written"), session)
         if not isinstance(error, RuntimeError) or not (_LOST.search(str(error)) or _has_been_said(session)):
             traceback.print_exc()
         elif not _has_been_said(session):
