@@ -49,13 +49,11 @@ def part_of(module: str) -> str | None:
     return names[1] if len(names) > 1 else "__init__"
 
 
-def imports(
-    source: str, module: str, is_package: bool, parts: set[str], members: Collection[str] = ()
-) -> Iterator[tuple[int, str]]:
+def imports(source: str, module: str, is_package: bool, members: Collection[str]) -> Iterator[tuple[int, str]]:
     """Line and absolute name of every module that the source imports.
 
     Args:
-        members: names of modules; ``from package import member`` imports the member.
+        members: ``from package import name`` imports one of these modules, or else the package itself.
     """
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
@@ -64,15 +62,8 @@ def imports(
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
-            inner = [f"{name}.{alias.name}" for alias in node.names]
-            if members:
-                yield from ((node.lineno, each if each in members else name) for each in inner)
-            elif name == PACKAGE:  # from megameta import data: a part, or a name of megameta/__init__.py
-                yield from (
-                    (node.lineno, f"{PACKAGE}.{alias.name}" if alias.name in parts else PACKAGE) for alias in node.names
-                )
-            else:
-                yield node.lineno, name
+            inner = {f"{name}.{alias.name}" for alias in node.names}
+            yield from ((node.lineno, each) for each in sorted({each if each in members else name for each in inner}))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
@@ -84,7 +75,7 @@ def complaints(source: str, module: str, *, is_package: bool = False) -> list[st
     here = part_of(module)
     assert here is not None
     found = []
-    for line, name in imports(source, module, is_package, set(RANK) | SHARED):
+    for line, name in imports(source, module, is_package, {f"{PACKAGE}.{part}" for part in [*RANK, *SHARED]}):
         there, top = part_of(name), name.split(".")[0]
         wrong = None
         if there is None:
@@ -129,7 +120,7 @@ def graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
     """The modules that each module imports, of (source, whether it is a package) by name."""
     found: dict[str, set[str]] = {}
     for name, (source, is_package) in sources.items():
-        taken = {taken for _, taken in imports(source, name, is_package, set(), members=set(sources))}
+        taken = {taken for _, taken in imports(source, name, is_package, set(sources))}
         found[name] = taken & set(sources) - {name}
     return found
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from megameta.checkpoint.store import write_text_atomically
 from megameta.errors import UserError
+from megameta.files import write_text_atomically
 
 #: Directories of the standard library that are not of it, or repeat what other modules say.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}

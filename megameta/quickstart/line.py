@@ -9,11 +9,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megameta import __version__
-from megameta.checkpoint.store import write_text_atomically
 from megameta.cluster.machine import machine_facts
 from megameta.config import RunConfig, load_config
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.files import write_text_atomically
 from megameta.quickstart import claims, open_export
 from megameta.quickstart.corpus import standard_library_documents, write_corpus
 from megameta.quickstart.report import ModelResult, Results, plot_losses, render_report
@@ -208,8 +210,6 @@ def _relative(path: str) -> str:
 
 def count_processes(global_batch_size: int) -> int:
     """Two processes on a CPU; else one a GPU, as many of them as divide the batch."""
-    import torch
-
     if not torch.cuda.is_available():
         return 2
     return max(n for n in range(1, torch.cuda.device_count() + 1) if global_batch_size % n == 0)

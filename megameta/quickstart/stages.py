@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megameta.checkpoint.store import write_text_atomically
 from megameta.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from megameta.files import write_text_atomically
 
 #: Signals that end the job: the command that runs gets SIGTERM, at which training saves a checkpoint.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.support.commands import true_process
-from tests.support.server import ROOT
+from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
 SCRIPT = str(ROOT / "benchmarks" / "needs.py")

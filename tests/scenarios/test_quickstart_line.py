@@ -5,7 +5,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 from tests.support.commands import run_command
-from tests.support.server import ROOT
+from tests.support.paths import ROOT
 
 
 def quickstart(output: Path, *arguments: str) -> CompletedProcess[str]:

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from tests.support.commands import TIMEOUT
+from tests.support.paths import ROOT
 from tests.support.preprocessing import TOOL, documents, lines, output
-from tests.support.server import ROOT
 
 
 def command(tokenizer, file, prefix, *flags):

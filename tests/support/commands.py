@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 
 from tests.support.forking import run_program
+from tests.support.paths import ROOT
 from tests.support.runs import last_step
-from tests.support.server import FIXED, ROOT, fork_process, leave, redirect
+from tests.support.server import FIXED, fork_process, leave, redirect
 from tests.support.waiting import wait_until
 
 #: A limit against hanging, in seconds; everything here takes less than a tenth of it on an idle machine.

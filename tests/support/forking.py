@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from tests.support.server import ROOT, leave
+from tests.support.paths import ROOT
+from tests.support.server import leave
 
 
 def run_program(program: str, arguments: Sequence[str]) -> int:

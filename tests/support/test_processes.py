@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from tests.support.commands import Command, plain_environment, run_command, true_process
 from tests.support.forking import Forked
+from tests.support.paths import ROOT
 from tests.support.ranks import RankError, run_ranks
 from tests.support.runs import last_step
-from tests.support.server import CORE, ROOT
+from tests.support.server import CORE
 from tests.support.training import step_loader, take_steps, tiny_config, weights_digest
 from tests.support.waiting import wait_until
 

@@ -4,7 +4,9 @@ import collections
 
 import pytest
 
-from megameta.paper.tasks.definitions import DIFFICULTIES, MARKER, TASKS
+from megameta.finetune.data import FIRST
+from megameta.finetune.examples import DIFFICULTIES, MARKER, MARKER_DEFINES
+from megameta.paper.tasks.definitions import TASKS
 from megameta.paper.tasks.draws import Draws
 
 
@@ -34,6 +36,11 @@ def answer_by_walking(name, prompt):
         return str(sum(word == question.split(" ")[1].rstrip(":") for word in between))
     assert between[0].startswith("[") and between[-1].endswith("]")
     return " ".join(between)[1:-1]
+
+
+def test_fine_tuning_knows_the_tasks_by_name():
+    """It is below them: what it must know of them, it says itself."""
+    assert tuple(TASKS) == FIRST and set(TASKS) > MARKER_DEFINES
 
 
 @pytest.mark.parametrize("name", TASKS)
